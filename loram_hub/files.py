@@ -1,0 +1,185 @@
+"""Files as every format here needs them: strict JSON, content hashes, folders that appear whole or not at all.
+
+JSON that comes from outside is untrusted: the size is capped before parsing, duplicate keys and NaN are refused (Python's own
+parser takes both), and so is nesting that would exhaust the stack.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+
+from loram_hub.errors import CheckpointError, InvalidRequestError, LoramError, ResourceError, VerificationError
+
+MAX_JSON_BYTES = 8 * 1024 * 1024
+"""Cap on config, manifest and adapter configuration files; a shard index of a very large model has its own."""
+
+MAX_INDEX_BYTES = 128 * 1024 * 1024
+"""Cap on `model.safetensors.index.json`: one line per tensor, a few million tensors at most."""
+
+_DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO})
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object from an untrusted file.
+
+    Args:
+        path: the file.
+        max_bytes: files larger than this are refused before they are read.
+
+    Returns:
+        The object.
+
+    Raises:
+        CheckpointError: the file is missing.
+        VerificationError: it is too large, no JSON object, or has duplicate keys, NaN or excessive nesting.
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise VerificationError(f"{path} is {size:,} bytes; at most {max_bytes:,} are read. Is it the right file?")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as err:
+        raise CheckpointError(f"{path.name} is missing in {path.parent}.") from err
+    except UnicodeDecodeError as err:
+        raise VerificationError(f"{path} is not UTF-8 text: {err}") from err
+    return parse_json(text, source=str(path))
+
+
+def parse_json(text: str, *, source: str) -> dict[str, Any]:
+    """Parse an untrusted JSON object; `source` names it in errors. Raises `VerificationError`."""
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise VerificationError(f"{source} has the key {twice!r} twice; which one counts cannot be told.")
+        return found
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise VerificationError(f"{source} holds {name}, which is not JSON.")
+
+    try:
+        value = json.loads(text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
+    except VerificationError:
+        raise
+    except (ValueError, RecursionError) as err:
+        raise VerificationError(f"{source} is not valid JSON: {err}") from err
+    if not isinstance(value, dict):
+        raise VerificationError(f"{source} must hold a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def dump_json(value: object) -> str:
+    """Serialize to the one JSON text that all files here use: sorted keys, two spaces, a final newline, no NaN."""
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Force a folder's entries to disk; without it a rename may be lost with the power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Force a file's bytes to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def resource_errors(action: str) -> Iterator[None]:
+    """Turn 'no space left', 'quota', 'read-only' and the like into a `ResourceError` that names the action."""
+    try:
+        yield
+    except LoramError:
+        raise
+    except OSError as err:
+        if err.errno in _DISK_ERRNOS or "no space left" in str(err).lower():
+            raise ResourceError(f"{action} failed: {err}. Free some space or write elsewhere.") from err
+        raise
+    except MemoryError as err:
+        raise ResourceError(f"{action} ran out of memory.") from err
+
+
+@contextmanager
+def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Build a folder aside and let it appear under its name in one step.
+
+    The block fills the folder it is given. When it ends, every file is forced to disk and the folder is renamed to `target`;
+    when it raises, or the process is killed, `target` is what it was. What a killed run left behind is removed by the next one.
+
+    Args:
+        target: the folder to create.
+        overwrite: replace an existing folder (it stays in place until the new one is complete).
+
+    Yields:
+        The folder to fill, `.<name>.partial` beside `target`.
+
+    Raises:
+        InvalidRequestError: `target` exists and is not an empty folder, and `overwrite` is false.
+        ResourceError: the disk is full or not writable, or another process is building the same folder.
+    """
+    target = Path(os.path.abspath(target))
+    refuse_existing(target, overwrite=overwrite)
+    partial = target.with_name(f".{target.name}.partial")
+    replaced = target.with_name(f".{target.name}.replaced")
+    lock_path = target.with_name(f".{target.name}.lock")
+    with resource_errors(f"Writing {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(lock_path, timeout=0):
+                try:
+                    if replaced.exists() and not target.exists():
+                        replaced.rename(target)  # a run was killed between the two renames of `_publish`
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir()
+                    yield partial
+                    _publish(partial, target, replaced)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    lock_path.unlink(missing_ok=True)
+        except Timeout as err:
+            raise ResourceError(f"Another process is writing {target} (lock {lock_path.name}).") from err
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Raise `InvalidRequestError` if `target` holds something that may not be replaced."""
+    if target.exists() and not target.is_dir():
+        raise InvalidRequestError(f"{target} is a file; give the name of a folder to create.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise InvalidRequestError(f"{target} already exists and is not empty. Choose another name, or ask to overwrite it.")
+
+
+def _publish(partial: Path, target: Path, replaced: Path) -> None:
+    for path in sorted(partial.rglob("*")):
+        if path.is_dir():
+            fsync_folder(path)
+        else:
+            fsync_file(path)
+    fsync_folder(partial)
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    partial.rename(target)
+    fsync_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)

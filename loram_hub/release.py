@@ -1,0 +1,258 @@
+"""A release on disk: pruned weights, mask indexes, manifest, config, tokenizer. docs/format.md describes it to the byte.
+
+`write_release` builds one atomically; `open_release` reads one and checks all that is cheap to check before a tensor is built;
+`verify` hashes every byte as well. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from loram_hub.architecture import LAYER_PREFIX, Architecture, Indices, Space, architecture_of
+from loram_hub.checkpoint import CONFIG, TensorInfo, read_config, read_headers, weight_files
+from loram_hub.errors import CheckpointError, PlanMismatchError, VerificationError
+from loram_hub.files import atomic_folder, dump_json, resource_errors, sha256_of
+from loram_hub.manifest import MANIFEST, FileEntry, Manifest, file_entries, read_manifest, tool_versions
+from loram_hub.plan import NF4_BLOCK, Plan
+
+MASK_INDEX = "mask_index.safetensors"
+MODEL_TYPE_PREFIX = "loram_"
+"""Releases carry a `model_type` of their own: with the base's, stock transformers opens an NF4 release without a word and
+builds modules of the wrong declared size."""
+
+_MASK_NAME = re.compile(rf"^{re.escape(LAYER_PREFIX)}\.(\d{{1,6}})\.(self_attn\.kv_heads|mlp\.channels)$")
+_SPACE_OF_MASK: Mapping[str, Space] = {"self_attn.kv_heads": "kv_heads", "mlp.channels": "channels"}
+_MAX_MASK_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Release:
+    """An opened release."""
+
+    folder: Path
+    manifest: Manifest
+    plan: Plan
+    config: Mapping[str, Any]
+    """`config.json` of the release."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The base model's architecture."""
+        return self.plan.architecture
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the projections are NF4."""
+        return self.manifest.quantization is not None
+
+
+def is_release(folder: Path) -> bool:
+    """Whether a folder claims to be a release."""
+    return (folder / MANIFEST).is_file() and (folder / MASK_INDEX).is_file()
+
+
+def base_config_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a release's config back into the base model's: its own `model_type`, no `loram` mark.
+
+    Raises:
+        VerificationError: the config carries no `loram_` model_type, or wants code to be run (`auto_map`).
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type.startswith(MODEL_TYPE_PREFIX):
+        raise VerificationError(f"{CONFIG} has model_type {model_type!r}; a release has one that starts with {MODEL_TYPE_PREFIX!r}.")
+    if "auto_map" in config:
+        raise VerificationError(f"{CONFIG} has an auto_map, which would run code from the release. loram-hub never does.")
+    base = {key: value for key, value in config.items() if key != "loram"}
+    base["model_type"] = model_type.removeprefix(MODEL_TYPE_PREFIX)
+    return base
+
+
+def release_config(base_config: Mapping[str, Any], *, quantization_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Make the `config.json` of a release from the base model's."""
+    config = {key: value for key, value in base_config.items() if key not in ("auto_map", "_name_or_path")}
+    config["model_type"] = MODEL_TYPE_PREFIX + str(base_config["model_type"])
+    config["loram"] = {"format": 1}
+    if quantization_config is not None:
+        config["quantization_config"] = dict(quantization_config)
+    return config
+
+
+@contextmanager
+def write_release(
+    out_dir: Path, *, manifest: Manifest, plan: Plan, config: Mapping[str, Any], overwrite: bool = False
+) -> Iterator[Path]:
+    """Write a release atomically: the block adds weights and other files to the folder it is given.
+
+    Mask indexes, config and, last of all, the manifest with the hash of every file are written here.
+
+    Args:
+        out_dir: folder to create.
+        manifest: all but `files` and `tools`, which are filled in.
+        plan: the kept groups.
+        config: the release's `config.json`, from `release_config`.
+        overwrite: replace an existing folder.
+
+    Yields:
+        The folder to write weights to.
+
+    Raises:
+        InvalidRequestError: the folder exists and is not empty.
+        ResourceError: the disk is full or not writable.
+    """
+    with atomic_folder(out_dir, overwrite=overwrite) as folder:
+        (folder / CONFIG).write_text(dump_json(config), encoding="utf-8")
+        yield folder
+        seal_release(folder, manifest=manifest, plan=plan)
+
+
+def seal_release(folder: Path, *, manifest: Manifest, plan: Plan) -> None:
+    """Write mask indexes and manifest into a folder that holds everything else."""
+    with resource_errors(f"Writing {folder}"):
+        write_mask_index(folder / MASK_INDEX, plan)
+        complete = replace(manifest, files=file_entries(folder), tools=tool_versions())
+        (folder / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
+
+
+def write_mask_index(path: Path, plan: Plan) -> None:
+    """Write the kept indices, int32, under the names of docs/format.md."""
+    names = {space: name for name, space in _SPACE_OF_MASK.items()}
+    arrays = {
+        f"{LAYER_PREFIX}.{layer}.{names[space]}": np.ascontiguousarray(indices)
+        for layer, spaces in plan.kept.items()
+        for space, indices in spaces.items()
+    }
+    save_file(arrays, path)
+
+
+def read_mask_index(path: Path, architecture: Architecture) -> Plan:
+    """Read kept indices from an untrusted file.
+
+    Raises:
+        VerificationError: the file is torn, too large, or has a tensor under a foreign name.
+        PlanMismatchError: an index breaks the rules (type, order, range) or does not fit the architecture.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}; it is no release.")
+    if path.stat().st_size > _MAX_MASK_BYTES:
+        raise VerificationError(f"{path} is larger than {_MAX_MASK_BYTES:,} bytes.")
+    kept: dict[int, dict[Space, Indices]] = {}
+    for name, info in read_headers(path).items():
+        match = _MASK_NAME.match(name)
+        if match is None:
+            raise VerificationError(f"{path} holds {name!r}, which is no mask index.")
+        if info.dtype != "I32":
+            raise PlanMismatchError(f"Mask index {name} has dtype {info.dtype}; I32 is needed.")
+        kept.setdefault(int(match[1]), {})
+    try:
+        with safe_open(path, framework="np") as file:
+            for layer, spaces in kept.items():
+                for mask, space in _SPACE_OF_MASK.items():
+                    name = f"{LAYER_PREFIX}.{layer}.{mask}"
+                    if name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                        spaces[space] = file.get_tensor(name)
+    except SafetensorError as err:
+        raise VerificationError(f"{path} cannot be read: {err}") from err
+    return Plan(architecture, kept)
+
+
+def open_release(folder: Path) -> Release:
+    """Open a release and check it without reading the weights.
+
+    Checked: manifest, file sizes, hashes of everything but the weights, mask indexes against the base config, and the shape of
+    every weight against the plan. `verify` also hashes the weights.
+
+    Args:
+        folder: the release.
+
+    Returns:
+        The release.
+
+    Raises:
+        CheckpointError: the folder is no release or a file is missing.
+        VerificationError: a file differs from the manifest.
+        IncompatibleError: the format is newer than this package, or plan and weights do not fit.
+    """
+    if not is_release(folder):
+        read_config(folder)  # the better error if it is no checkpoint at all
+        raise CheckpointError(f"{folder} is a checkpoint but no LoRAM release: it lacks {MANIFEST} or {MASK_INDEX}.")
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest.files, hash_weights=False)
+    config = read_config(folder)
+    architecture = architecture_of(base_config_of(config))
+    plan = read_mask_index(folder / MASK_INDEX, architecture)
+    if plan.digest != manifest.pruning.plan_sha256:
+        raise VerificationError(f"{folder / MASK_INDEX} is not the plan that {MANIFEST} was written for.")
+    release = Release(folder=folder, manifest=manifest, plan=plan, config=config)
+    _check_weights(release)
+    return release
+
+
+def verify(folder: str | Path) -> Release:
+    """Check every byte of a release folder against its manifest, then everything that `open_release` checks.
+
+    Returns:
+        The release, if all is well.
+
+    Raises:
+        VerificationError: names the first file that differs, is missing or was added.
+        IncompatibleError: see `open_release`.
+    """
+    folder = Path(folder)
+    release = open_release(folder)
+    _check_files(folder, release.manifest.files, hash_weights=True)
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    added = sorted(present - set(release.manifest.files))
+    if added:
+        raise VerificationError(f"{folder} holds {added[0]}, which its manifest does not list.")
+    return release
+
+
+def _check_files(folder: Path, files: Mapping[str, FileEntry], *, hash_weights: bool) -> None:
+    if not {CONFIG, MASK_INDEX} <= set(files):
+        raise VerificationError(f"{folder / MANIFEST} does not list {CONFIG} and {MASK_INDEX}.")
+    for name, entry in files.items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise VerificationError(f"{folder / MANIFEST} lists {name!r}, which lies outside the release.")
+        if not path.is_file():
+            raise CheckpointError(f"{folder} lacks {name}, which its manifest lists. Download or copy it again.")
+        size = path.stat().st_size
+        if size != entry.size:
+            raise VerificationError(f"{path} has {size:,} bytes, the manifest says {entry.size:,}. Download or copy it again.")
+        is_weight = name.endswith(".safetensors") and name != MASK_INDEX
+        if (hash_weights or not is_weight) and sha256_of(path) != entry.sha256:
+            raise VerificationError(f"{path} was changed: its SHA-256 is not the manifest's.")
+
+
+def _check_weights(release: Release) -> None:
+    found: dict[str, TensorInfo] = {}
+    for file in weight_files(release.folder):
+        found |= read_headers(file)
+    projections = {f".{weight.name}" for weight in release.architecture.projections}
+    for name, shape in release.plan.tensor_shapes().items():
+        if name not in found:
+            raise CheckpointError(f"{release.folder} has no tensor {name!r}.")
+        packed = release.is_quantized and name.startswith(LAYER_PREFIX) and any(name.endswith(p) for p in projections)
+        if packed:
+            _check_packed(name, shape, found)
+        elif found[name].shape != shape:
+            raise PlanMismatchError(f"Tensor {name!r} has shape {found[name].shape}; the plan gives it {shape}.")
+
+
+def _check_packed(name: str, shape: tuple[int, ...], found: Mapping[str, TensorInfo]) -> None:
+    elements = shape[0] * shape[1]
+    absmax = found.get(f"{name}.absmax")
+    if found[name].nbytes != -(-elements // 2) or absmax is None or absmax.shape != (-(-elements // NF4_BLOCK),):
+        raise PlanMismatchError(
+            f"NF4 tensor {name!r} has {found[name].nbytes:,} bytes; the plan gives it {shape}, which packs to {-(-elements // 2):,} "
+            f"with {-(-elements // NF4_BLOCK):,} scales."
+        )
