@@ -2,13 +2,14 @@
 
 A decoder layer is a list of `Weight`s; each axis of a weight is a sequence of `Unit`s. Two of the units can be pruned:
 
-    kv_heads   one KV head with all its query heads: `query` rows of q, `key_value` rows of k and v, `query` columns of o
-    channels   one MLP channel: a row of gate, a row of up, a column of down
+    kv_heads   one KV head with all its query heads: `query` rows of q, `key_value` rows of k and v, `query` columns of
+    o channels   one MLP channel: a row of gate, a row of up, a column of down
 
-Pruning, recovery, parameter counts and the shapes of a pruned model are all read off this one table, so they cannot disagree.
-Fused projections (Phi-3) are axes of several units in a row; a family is a table entry, never a class.
+Pruning, recovery, parameter counts and the shapes of a pruned model are all read off this one table, so they cannot
+disagree. Fused projections (Phi-3) are axes of several units in a row; a family is a table entry, never a class.
 
-Sizes come from `config.json` alone (no torch, no transformers). Names of weights appear in this module and nowhere else.
+Sizes come from `config.json` alone (no torch, no transformers). Names of weights appear in this module and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -157,7 +158,8 @@ FAMILIES: Mapping[str, Family] = {
             default_head_dim=256,
             ties_embeddings=True,
         ),
-        # OLMo 2 normalizes queries and keys over all heads at once, so these norms have one weight per row and are pruned too.
+        # OLMo 2 normalizes queries and keys over all heads at once, so these norms have one weight per row and are
+        # pruned too.
         Family(
             model_type="olmo2",
             weights=(
@@ -340,8 +342,10 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         The architecture.
 
     Raises:
-        UnsupportedModelError: the family is unknown; the message names the module that breaks the pattern where it can be told.
-        InvalidRequestError: a size is missing, not a positive integer, absurdly large, or the head counts do not divide.
+        UnsupportedModelError: the family is unknown; the message names the module that breaks the pattern where it can
+            be told.
+        InvalidRequestError: a size is missing, not a positive integer, absurdly large, or the head counts do not
+            divide.
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
@@ -374,7 +378,9 @@ def _size(config: Mapping[str, Any], key: str, *, default: int | None = None) ->
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST[key]:
-        raise InvalidRequestError(f"config.json has {key} = {value!r}; a whole number from 1 to {_LARGEST[key]:,} is needed.")
+        raise InvalidRequestError(
+            f"config.json has {key} = {value!r}; a whole number from 1 to {_LARGEST[key]:,} is needed."
+        )
     return value
 
 

@@ -1,10 +1,10 @@
 """A transformers checkpoint folder, read and written tensor by tensor.
 
-Reading: `Checkpoint` indexes the shards by their headers and reads single tensors with `pread`. Memory-mapped shards would count
-as resident memory and grow with everything that was ever read; a 70B model would look like 140 GB.
+Reading: `Checkpoint` indexes the shards by their headers and reads single tensors with `pread`. Memory-mapped shards
+would count as resident memory and grow with everything that was ever read; a 70B model would look like 140 GB.
 
-Writing: `ShardWriter` streams tensors to safetensors shards without holding a shard in memory, which the safetensors package
-does not offer. It reserves room for the header, streams the tensors, and fills the header in at the end.
+Writing: `ShardWriter` streams tensors to safetensors shards without holding a shard in memory, which the safetensors
+package does not offer. It reserves room for the header, streams the tensors, and fills the header in at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,12 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 """transformers' own default has moved between 5 and 50 GB; 5 GB keeps a retried download short."""
+
+COMPANIONS = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.jinja", "LICENSE*", "NOTICE*", "Notice*", "USE_POLICY*",
+)  # fmt: skip
+"""What travels with a model besides config and weights: tokenizer, generation defaults, licence. Never code or pickles."""
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 _ALIGNMENT = 8
@@ -133,6 +140,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config and licence files of a checkpoint to another folder."""
+    with resource_errors(f"Writing {target}"):
+        for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
+            if path.is_file() and path.suffix not in (".py", ".bin", ".pt", ".safetensors"):
+                shutil.copyfile(path, target / path.name)
+
+
 def read_headers(file: Path) -> dict[str, TensorInfo]:
     """Read name, dtype and shape of every tensor of a safetensors file, without its data.
 
@@ -178,7 +193,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise VerificationError(f"{folder / INDEX_FILE} has no weight_map.")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise VerificationError(f"{folder / INDEX_FILE} places {name!r} in {file!r}; a file name in the same folder is needed.")
+            raise VerificationError(
+                f"{folder / INDEX_FILE} places {name!r} in {file!r}; a file name in the same folder is needed."
+            )
     return weight_map
 
 
@@ -201,8 +218,9 @@ def _index(folder: Path) -> dict[str, TensorInfo]:
 class ShardWriter:
     """Stream tensors into `model*.safetensors` with an index, in transformers' naming.
 
-    Large tensors go to disk as they come. Small ones, and those whose size would misalign what follows, wait in memory until the
-    shard is closed: readers map tensors in place and need each at a multiple of its item size, and the format allows no holes.
+    Large tensors go to disk as they come. Small ones, and those whose size would misalign what follows, wait in memory
+    until the shard is closed: readers map tensors in place and need each at a multiple of its item size, and the format
+    allows no holes.
     """
 
     def __init__(self, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -254,7 +272,8 @@ class _Shard:
     """One safetensors file in the making: room for the header, streamed data, small tensors at the end."""
 
     HEADER_BYTES = 512 * 1024  # a multiple of the alignment
-    """Room reserved once data is streamed, for about 4,000 tensors; the rest is filled with spaces, as the format allows."""
+    """Room reserved once data is streamed, for about 4,000 tensors; the rest is filled with spaces, as the format
+    allows."""
     _SMALL_BYTES = 1024 * 1024
 
     def __init__(self, path: Path) -> None:

@@ -1,22 +1,26 @@
 """Files as every format here needs them: strict JSON, content hashes, folders that appear whole or not at all.
 
-JSON that comes from outside is untrusted: the size is capped before parsing, duplicate keys and NaN are refused (Python's own
-parser takes both), and so is nesting that would exhaust the stack.
+JSON that comes from outside is untrusted: the size is capped before parsing, duplicate keys and NaN are refused
+(Python's own parser takes both), and so is nesting that would exhaust the stack.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from loram_hub.errors import CheckpointError, InvalidRequestError, LoramError, ResourceError, VerificationError
 
@@ -27,6 +31,7 @@ MAX_INDEX_BYTES = 128 * 1024 * 1024
 """Cap on `model.safetensors.index.json`: one line per tensor, a few million tensors at most."""
 
 _DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO})
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, reports the system's errors
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -113,20 +118,28 @@ def resource_errors(action: str) -> Iterator[None]:
         yield
     except LoramError:
         raise
-    except OSError as err:
-        if err.errno in _DISK_ERRNOS or "no space left" in str(err).lower():
+    except (OSError, SafetensorError) as err:
+        if _errno_of(err) in _DISK_ERRNOS:
             raise ResourceError(f"{action} failed: {err}. Free some space or write elsewhere.") from err
         raise
     except MemoryError as err:
         raise ResourceError(f"{action} ran out of memory.") from err
 
 
+def _errno_of(err: OSError | SafetensorError) -> int | None:
+    if isinstance(err, OSError):
+        return err.errno
+    found = _OS_ERROR.search(str(err))
+    return int(found[1]) if found else None
+
+
 @contextmanager
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Build a folder aside and let it appear under its name in one step.
 
-    The block fills the folder it is given. When it ends, every file is forced to disk and the folder is renamed to `target`;
-    when it raises, or the process is killed, `target` is what it was. What a killed run left behind is removed by the next one.
+    The block fills the folder it is given. When it ends, every file is forced to disk and the folder takes the place of
+    `target`; when it raises, or the process is killed, `target` is what it was. What a killed run left behind is
+    removed by the next one.
 
     Args:
         target: the folder to create.
@@ -139,7 +152,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         InvalidRequestError: `target` exists and is not an empty folder, and `overwrite` is false.
         ResourceError: the disk is full or not writable, or another process is building the same folder.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # a link to a folder stays a link
     refuse_existing(target, overwrite=overwrite)
     partial = target.with_name(f".{target.name}.partial")
     replaced = target.with_name(f".{target.name}.replaced")
@@ -150,7 +163,8 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             with FileLock(lock_path, timeout=0):
                 try:
                     if replaced.exists() and not target.exists():
-                        replaced.rename(target)  # a run was killed between the two renames of `_publish`
+                        replaced.rename(target)  # a run was killed between the two renames of `_swap`
+                    refuse_existing(target, overwrite=overwrite)  # again: the first look was without the lock
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir()
                     yield partial
@@ -167,7 +181,9 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise InvalidRequestError(f"{target} is a file; give the name of a folder to create.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise InvalidRequestError(f"{target} already exists and is not empty. Choose another name, or ask to overwrite it.")
+        raise InvalidRequestError(
+            f"{target} already exists and is not empty. Choose another name, or ask to overwrite it."
+        )
 
 
 def _publish(partial: Path, target: Path, replaced: Path) -> None:
@@ -177,9 +193,29 @@ def _publish(partial: Path, target: Path, replaced: Path) -> None:
         else:
             fsync_file(path)
     fsync_folder(partial)
-    if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        target.rename(replaced)
-    partial.rename(target)
+    if not target.exists():
+        partial.rename(target)
+    elif not _exchange(partial, target):
+        _swap(partial, target, replaced)
     fsync_folder(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step of the kernel's, so that neither name is ever vacant; false where that is not on offer."""
+    if not sys.platform.startswith("linux"):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
+def _swap(partial: Path, target: Path, replaced: Path) -> None:
+    """Replace `target` in two renames; a kill between them leaves the old folder as `replaced`, and the next run restores it."""
+    shutil.rmtree(replaced, ignore_errors=True)
+    target.rename(replaced)
+    try:
+        partial.rename(target)
+    except OSError:
+        replaced.rename(target)
+        raise

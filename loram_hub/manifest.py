@@ -1,6 +1,7 @@
 """`loram.json`: where a release comes from, how it was made, and the hash of every file in it.
 
-See docs/format.md for the fields. Reading is strict: an unknown format version, a missing field or a wrong type is an error.
+See docs/format.md for the fields. Reading is strict: an unknown format version, a missing field or a wrong type is an
+error.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The pruning plan: which channel groups of which layers are kept, and what that costs in parameters and bytes.
 
-Structured LoRAM (arXiv 2502.13533, LoRAM-Rand and LoRAM-Stru) leaves the first and last layers whole and prunes every other layer
-by the same ratio r. With C = num_key_value_heads * head_dim, a pruned layer loses
+Structured LoRAM (arXiv 2502.13533, LoRAM-Rand and LoRAM-Stru) leaves the first and last layers whole and prunes every
+other layer by the same ratio r. With C = num_key_value_heads * head_dim, a pruned layer loses
 
     KV heads      (C - int(C * (1 - r))) // head_dim        (with all query heads of each)
     MLP channels  intermediate_size - int(intermediate_size * (1 - r))
 
-which gives the parameter counts of the paper's tables 4 to 6 to the unit. From then on shapes come from the kept indices, never
-from the ratio. M = 1 means *kept* throughout (the paper's eq. 3; its eqs. 5-6 use the opposite).
+which gives the parameter counts of the paper's tables 4 to 6 to the unit. From then on shapes come from the kept
+indices, never from the ratio. M = 1 means *kept* throughout (the paper's eq. 3; its eqs. 5-6 use the opposite).
 
 No torch, no weights: everything here follows from `config.json`.
 """
@@ -56,7 +56,9 @@ class PruningSettings:
                 f"pruning_ratio is {self.pruning_ratio}; it is the share removed and must lie in [0, 1), for example 0.65."
             )
         if self.keep_first < 0 or self.keep_last < 0:
-            raise InvalidRequestError(f"keep_first {self.keep_first} and keep_last {self.keep_last} must not be negative.")
+            raise InvalidRequestError(
+                f"keep_first {self.keep_first} and keep_last {self.keep_last} must not be negative."
+            )
         if self.round_to is not None and self.round_to < 1:
             raise InvalidRequestError(f"round_to is {self.round_to}; it must be a positive number of channels.")
 
@@ -82,7 +84,9 @@ class Plan:
             whole = self.architecture.whole_layer
             limits: dict[Space, int] = {"kv_heads": whole.kv_heads, "channels": whole.channels}
             if set(spaces) != set(limits):
-                raise PlanMismatchError(f"Layer {layer} of the plan lists {sorted(spaces)}; {sorted(limits)} are needed.")
+                raise PlanMismatchError(
+                    f"Layer {layer} of the plan lists {sorted(spaces)}; {sorted(limits)} are needed."
+                )
             for space, limit in limits.items():
                 check_indices(spaces[space], limit, name=f"layer {layer} {space}")
 
@@ -134,7 +138,9 @@ def check_indices(indices: npt.NDArray[Any], limit: int, *, name: str) -> None:
         PlanMismatchError: says which rule is broken, by which value.
     """
     if indices.dtype != np.int32 or indices.ndim != 1:
-        raise PlanMismatchError(f"Mask index of {name} is {indices.dtype} with {indices.ndim} axes; int32 with one is needed.")
+        raise PlanMismatchError(
+            f"Mask index of {name} is {indices.dtype} with {indices.ndim} axes; int32 with one is needed."
+        )
     if indices.size == 0:
         raise PlanMismatchError(f"Mask index of {name} keeps nothing; a layer needs at least one group.")
     if indices[0] < 0 or indices[-1] >= limit or np.any(np.diff(indices.astype(np.int64)) <= 0):
@@ -204,7 +210,10 @@ def plan_from_scores(
     kept: dict[int, dict[Space, Indices]] = {}
     for layer in pruned_layers(architecture, settings):
         counts: dict[Space, int] = {"kv_heads": sizes[layer].kv_heads, "channels": sizes[layer].channels}
-        limits: dict[Space, int] = {"kv_heads": architecture.num_key_value_heads, "channels": architecture.intermediate_size}
+        limits: dict[Space, int] = {
+            "kv_heads": architecture.num_key_value_heads,
+            "channels": architecture.intermediate_size,
+        }
         kept[layer] = {}
         for space, count in counts.items():
             values = np.asarray(scores[layer][space]) if layer in scores else np.empty(0)
@@ -233,8 +242,8 @@ class ParameterCounts:
     bf16_bytes: int
     """Bytes of the pruned weights in bf16."""
     nf4_bytes: int
-    """Bytes of the pruned weights as QLoRAM holds them: projections in NF4 with double-quantized scales, the rest in bf16.
-    Code tables and file headers (about 1.3 kB per projection) are not counted."""
+    """Bytes of the pruned weights as QLoRAM holds them: projections in NF4 with double-quantized scales, the rest in
+    bf16. Code tables and file headers (about 1.3 kB per projection) are not counted."""
     paper_nf4_gib: float
     """The paper's figure, in GiB: half a byte for every pruned parameter, embeddings included."""
     kept: tuple[LayerSizes, ...]
@@ -250,9 +259,7 @@ def parameter_counts(architecture: Architecture, layers: Sequence[LayerSizes]) -
     original = sum(math.prod(shape) for shape in architecture.tensor_shapes().values())
     shapes = architecture.tensor_shapes(layers)
     pruned = sum(math.prod(shape) for shape in shapes.values())
-    matrices = [
-        math.prod(architecture.shape(weight, sizes)) for sizes in layers for weight in architecture.projections
-    ]
+    matrices = [math.prod(architecture.shape(weight, sizes)) for sizes in layers for weight in architecture.projections]
     return ParameterCounts(
         original_parameters=original,
         pruned_parameters=pruned,

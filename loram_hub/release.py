@@ -1,7 +1,7 @@
 """A release on disk: pruned weights, mask indexes, manifest, config, tokenizer. docs/format.md describes it to the byte.
 
-`write_release` builds one atomically; `open_release` reads one and checks all that is cheap to check before a tensor is built;
-`verify` hashes every byte as well. No torch.
+`write_release` builds one atomically; `open_release` reads one and checks all that is cheap to check before a tensor is
+built; `verify` hashes every byte as well. No torch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from loram_hub.plan import NF4_BLOCK, Plan
 
 MASK_INDEX = "mask_index.safetensors"
 MODEL_TYPE_PREFIX = "loram_"
-"""Releases carry a `model_type` of their own: with the base's, stock transformers opens an NF4 release without a word and
-builds modules of the wrong declared size."""
+"""Releases carry a `model_type` of their own: with the base's, stock transformers opens an NF4 release without a word
+and builds modules of the wrong declared size."""
 
 _MASK_NAME = re.compile(rf"^{re.escape(LAYER_PREFIX)}\.(\d{{1,6}})\.(self_attn\.kv_heads|mlp\.channels)$")
 _SPACE_OF_MASK: Mapping[str, Space] = {"self_attn.kv_heads": "kv_heads", "mlp.channels": "channels"}
@@ -68,15 +68,21 @@ def base_config_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type.startswith(MODEL_TYPE_PREFIX):
-        raise VerificationError(f"{CONFIG} has model_type {model_type!r}; a release has one that starts with {MODEL_TYPE_PREFIX!r}.")
+        raise VerificationError(
+            f"{CONFIG} has model_type {model_type!r}; a release has one that starts with {MODEL_TYPE_PREFIX!r}."
+        )
     if "auto_map" in config:
-        raise VerificationError(f"{CONFIG} has an auto_map, which would run code from the release. loram-hub never does.")
+        raise VerificationError(
+            f"{CONFIG} has an auto_map, which would run code from the release. loram-hub never does."
+        )
     base = {key: value for key, value in config.items() if key != "loram"}
     base["model_type"] = model_type.removeprefix(MODEL_TYPE_PREFIX)
     return base
 
 
-def release_config(base_config: Mapping[str, Any], *, quantization_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def release_config(
+    base_config: Mapping[str, Any], *, quantization_config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Make the `config.json` of a release from the base model's."""
     config = {key: value for key, value in base_config.items() if key not in ("auto_map", "_name_or_path")}
     config["model_type"] = MODEL_TYPE_PREFIX + str(base_config["model_type"])
@@ -167,7 +173,8 @@ def read_mask_index(path: Path, architecture: Architecture) -> Plan:
 def open_release(folder: Path) -> Release:
     """Open a release and check it without reading the weights.
 
-    Checked: manifest, file sizes, hashes of everything but the weights, mask indexes against the base config, and the shape of
+    Checked: manifest, file sizes, hashes of everything but the weights, mask indexes against the base config, and the
+        shape of
     every weight against the plan. `verify` also hashes the weights.
 
     Args:
@@ -227,7 +234,9 @@ def _check_files(folder: Path, files: Mapping[str, FileEntry], *, hash_weights: 
             raise CheckpointError(f"{folder} lacks {name}, which its manifest lists. Download or copy it again.")
         size = path.stat().st_size
         if size != entry.size:
-            raise VerificationError(f"{path} has {size:,} bytes, the manifest says {entry.size:,}. Download or copy it again.")
+            raise VerificationError(
+                f"{path} has {size:,} bytes, the manifest says {entry.size:,}. Download or copy it again."
+            )
         is_weight = name.endswith(".safetensors") and name != MASK_INDEX
         if (hash_weights or not is_weight) and sha256_of(path) != entry.sha256:
             raise VerificationError(f"{path} was changed: its SHA-256 is not the manifest's.")

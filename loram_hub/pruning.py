@@ -1,0 +1,226 @@
+"""Prune a base model into a release: score the channel groups, choose what is kept, slice the weights.
+
+Everything streams: importance holds one decoder layer, slicing one tensor. LoRAM calls this P(.) (arXiv 2502.13533, eq. 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from huggingface_hub.utils import tqdm
+
+from loram_hub.architecture import LM_HEAD, Architecture, architecture_of, is_ignored_tensor
+from loram_hub.checkpoint import CONFIG, Checkpoint, ShardWriter, copy_companions
+from loram_hub.errors import InvalidRequestError, UnsupportedModelError
+from loram_hub.files import refuse_existing, sha256_of
+from loram_hub.hub import Source, resolve
+from loram_hub.importance import Importance, importance_scores, parse_importance
+from loram_hub.manifest import BaseModel, Manifest, Pruning
+from loram_hub.plan import Plan, PruningSettings, parameter_counts, plan_from_scores, planned_sizes, pruned_layers
+from loram_hub.quantization import as_nf4, quantized_tensors, sixteen_bit
+from loram_hub.release import Release, open_release, release_config, write_release
+from loram_hub.texts import calibration_ids, read_texts
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_SAMPLES = 32
+"""Rows of calibration when texts are given; LLM-Pruner uses 10 of 64 tokens."""
+CALIBRATION_TOKENS = 128
+"""Tokens per row of calibration when texts are given."""
+
+
+def prune(
+    base: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    pruning_ratio: float = 0.85,
+    importance: str = "taylor",
+    calibration: torch.Tensor | npt.NDArray[np.int64] | str | os.PathLike[str] | list[str] | None = None,
+    keep_first: int = 4,
+    keep_last: int = 2,
+    seed: int = 0,
+    round_to: int | None = None,
+    quantize: bool = False,
+    device: str | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Release:
+    """Prune a base model into a release, optionally straight to NF4.
+
+    Args:
+        base: the base model: Hub id or folder with safetensors.
+        out_dir: release folder to create; appears whole or not at all.
+        pruning_ratio: share removed of each prunable dimension of each pruned layer, in [0, 1).
+        importance: `random`, `magnitude[:l1|:l2]` or `taylor[:param_first|:vectorize|:param_second|:param_mix]`.
+        calibration: for `taylor`: token ids (samples, tokens), or texts (a list, a file, a folder or a dataset id).
+        keep_first: layers at the start that stay whole.
+        keep_last: layers at the end that stay whole.
+        seed: of random scores and of the choice of calibration texts.
+        round_to: round kept MLP channels up to a multiple; None keeps the paper's counts.
+        quantize: write the projections as NF4 and the rest in 16 bit.
+        device: where Taylor gradients and NF4 are computed; None for the CPU.
+        overwrite: replace an existing folder.
+        revision: of a Hub id.
+        token: of the Hub.
+
+    Returns:
+        The release, opened from disk.
+
+    Raises:
+        InvalidRequestError: an argument is out of range, calibration is missing or too short, or `out_dir` exists.
+        UnsupportedModelError: the base breaks the pattern of its family; the message names the module.
+        CheckpointError: the base is no checkpoint or lacks a shard.
+        ResourceError: the disk is full.
+
+    Example:
+        >>> from loram_hub import prune  # doctest: +SKIP
+        >>> prune("HuggingFaceTB/SmolLM2-135M", "smol-loram-0.65", pruning_ratio=0.65, calibration="texts.jsonl")  # doctest: +SKIP
+    """
+    method = parse_importance(importance)
+    settings = PruningSettings(pruning_ratio=pruning_ratio, keep_first=keep_first, keep_last=keep_last, round_to=round_to)
+    out = Path(out_dir)
+    refuse_existing(out, overwrite=overwrite)
+    source = resolve(base, revision=revision, token=token)
+    with Checkpoint(source.folder) as checkpoint:
+        architecture = _check_base(checkpoint, source)
+        planned_sizes(architecture, settings)  # an impossible ratio should fail before minutes of importance
+        ids = _calibration(calibration, source.folder, seed) if method.method == "taylor" else None
+        scores = importance_scores(
+            checkpoint,
+            architecture,
+            pruned_layers(architecture, settings),
+            importance=method,
+            calibration=ids,
+            seed=seed,
+            device=device,
+        )
+        plan = plan_from_scores(architecture, settings, scores)
+        manifest = _manifest(source, plan, settings, method, seed=seed, calibration=ids)
+        _write(checkpoint, plan, manifest, out, quantize=quantize, device=device or "cpu", overwrite=overwrite)
+    release = open_release(out)
+    logger.info(
+        "pruned %d of %d layers, %s -> %s parameters",
+        len(plan.kept),
+        architecture.num_hidden_layers,
+        f"{manifest.base.parameters:,}",
+        f"{manifest.parameters:,}",
+    )
+    return release
+
+
+def _check_base(checkpoint: Checkpoint, source: Source) -> Architecture:
+    if "quantization_config" in checkpoint.config:
+        raise UnsupportedModelError(
+            f"{source.id} is itself quantized ({checkpoint.config['quantization_config'].get('quant_method')}). "
+            "Prune the original 16-bit model; a release can be quantized afterwards."
+        )
+    architecture = architecture_of(checkpoint.config)
+    architecture.check_tensors(checkpoint.shapes, source=source.id)
+    return architecture
+
+
+def _calibration(
+    given: torch.Tensor | npt.NDArray[np.int64] | str | os.PathLike[str] | list[str] | None, folder: Path, seed: int
+) -> torch.Tensor:
+    if given is None:
+        raise InvalidRequestError(
+            "Taylor importance needs calibration: pass token ids (samples, tokens), or a file, folder or dataset with texts. "
+            "importance='magnitude' and 'random' need none."
+        )
+    if isinstance(given, torch.Tensor):
+        return given.cpu().long()
+    if isinstance(given, np.ndarray):
+        return torch.from_numpy(given).long()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = read_texts(given)
+    return calibration_ids(texts, tokenizer, samples=CALIBRATION_SAMPLES, tokens=CALIBRATION_TOKENS, seed=seed)
+
+
+def _manifest(
+    source: Source,
+    plan: Plan,
+    settings: PruningSettings,
+    importance: Importance,
+    *,
+    seed: int,
+    calibration: torch.Tensor | None,
+) -> Manifest:
+    counts = parameter_counts(plan.architecture, plan.layers)
+    described = None if calibration is None else _describe_calibration(calibration)
+    pruning = Pruning(
+        method="structured",
+        importance=str(importance),
+        pruning_ratio=settings.pruning_ratio,
+        keep_first=settings.keep_first,
+        keep_last=settings.keep_last,
+        round_to=settings.round_to,
+        seed=seed,
+        calibration=described,
+        plan_sha256=plan.digest,
+    )
+    base = BaseModel(
+        id=source.id,
+        commit=source.commit,
+        config_sha256=sha256_of(source.folder / CONFIG),
+        parameters=counts.original_parameters,
+    )
+    recipe = {
+        "prune": {
+            "base": source.id,
+            "revision": source.commit,
+            "pruning_ratio": settings.pruning_ratio,
+            "importance": str(importance),
+            "keep_first": settings.keep_first,
+            "keep_last": settings.keep_last,
+            "round_to": settings.round_to,
+            "seed": seed,
+        }
+    }
+    return Manifest(base=base, pruning=pruning, parameters=counts.pruned_parameters, recipe=recipe)
+
+
+def _describe_calibration(ids: torch.Tensor) -> Mapping[str, Any]:
+    data = np.ascontiguousarray(ids.numpy(), dtype="<i8").tobytes()
+    return {"samples": ids.shape[0], "tokens": ids.shape[1], "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _write(
+    checkpoint: Checkpoint, plan: Plan, manifest: Manifest, out: Path, *, quantize: bool, device: str, overwrite: bool
+) -> None:
+    config = release_config(checkpoint.config)
+    dtype = sixteen_bit(checkpoint, plan.architecture)
+    if quantize:
+        manifest, config = as_nf4(manifest, checkpoint.config, dtype)
+    with write_release(out, manifest=manifest, plan=plan, config=config, overwrite=overwrite) as folder:
+        copy_companions(checkpoint.folder, folder)
+        writer = ShardWriter(folder)
+        for name, tensor in _sliced_tensors(checkpoint, plan):
+            parts = {name: tensor}
+            if quantize:
+                parts = quantized_tensors(plan.architecture, name, tensor.to(device), dtype)
+            for part, value in parts.items():
+                writer.add(part, value)
+        writer.finish()
+
+
+def _sliced_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+    names = [name for name in sorted(checkpoint.tensors) if not is_ignored_tensor(name)]
+    if plan.architecture.tie_word_embeddings:
+        names = [name for name in names if name != LM_HEAD]
+    for name in tqdm(names, desc="Pruning", unit="tensor"):
+        tensor = checkpoint.read(name)
+        for axis, kept in enumerate(plan.kept_on_axes(name)):
+            if kept is not None:
+                tensor = tensor.index_select(axis, torch.from_numpy(kept))
+        yield name, tensor

@@ -1,0 +1,144 @@
+"""NF4 quantization, written in bitsandbytes' own serialization so that transformers loads it as a prequantized model.
+
+Quantized are the projections of the decoder layers; embeddings, lm_head and norms stay in 16 bit (QLoRA, arXiv 2305.14314,
+section 3). The bytes are bitsandbytes' own: it quantizes each tensor, we only stream.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.functional import quantize_4bit
+from huggingface_hub.utils import tqdm
+
+from loram_hub.architecture import Architecture, is_ignored_tensor
+from loram_hub.checkpoint import Checkpoint, ShardWriter, copy_companions
+from loram_hub.errors import InvalidRequestError
+from loram_hub.hub import resolve
+from loram_hub.manifest import Manifest
+from loram_hub.plan import NF4_BLOCK
+from loram_hub.release import Release, base_config_of, open_release, release_config, write_release
+
+NF4_DESCRIPTION: Mapping[str, Any] = {"type": "nf4", "block": NF4_BLOCK, "double_quant": True}
+"""What the manifest says of an NF4 release."""
+
+
+def bitsandbytes_config(dtype: str) -> dict[str, Any]:
+    """Return the `quantization_config` of an NF4 release, in the keys that transformers writes.
+
+    Args:
+        dtype: 16-bit type of the unquantized weights, `bfloat16` or `float16`; the loader picks what the device computes in.
+    """
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def sixteen_bit(checkpoint: Checkpoint, architecture: Architecture) -> torch.dtype:
+    """Type that an NF4 release of this checkpoint stores the rest in: fp16 if the projections are, else bf16."""
+    projections = {info.dtype for name, info in checkpoint.tensors.items() if _is_projection(architecture, name)}
+    return torch.float16 if projections == {"F16"} else torch.bfloat16
+
+
+def as_nf4(manifest: Manifest, base_config: Mapping[str, Any], dtype: torch.dtype) -> tuple[Manifest, dict[str, Any]]:
+    """Return manifest and config of the NF4 release, given those of the unquantized one.
+
+    Args:
+        manifest: of the unquantized release.
+        base_config: the base model's config.
+        dtype: from `sixteen_bit`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    config = {key: value for key, value in base_config.items() if key != "torch_dtype"} | {"dtype": name}
+    quantized = replace(
+        manifest, quantization={**NF4_DESCRIPTION, "dtype": name}, recipe={**manifest.recipe, "quantize": {"type": "nf4"}}
+    )
+    return quantized, release_config(config, quantization_config=bitsandbytes_config(name))
+
+
+def quantized_tensors(architecture: Architecture, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return what an NF4 release stores for a tensor: the NF4 parts of a projection, anything else in `dtype`."""
+    tensor = tensor.to(dtype)
+    return nf4_tensors(name, tensor) if _is_projection(architecture, name) else {name: tensor}
+
+
+def _is_projection(architecture: Architecture, name: str) -> bool:
+    found = None if is_ignored_tensor(name) else architecture.weight_of(name)
+    return found is not None and found[1].is_projection
+
+
+def nf4_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Quantize one matrix to NF4 with double quantization.
+
+    Args:
+        name: full name of the weight.
+        weight: (out_features, in_features), fp16 or bf16, on the device to quantize on.
+
+    Returns:
+        Packed codes (uint8, (ceil(out * in / 2), 1)) under `name` and the quantization state under `name.<key>`.
+    """
+    packed, state = quantize_4bit(
+        weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4", quant_storage=torch.uint8
+    )
+    return {name: packed} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+
+
+def quantize(
+    release: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Release:
+    """Turn an unquantized release (pruned, perhaps aligned) into an NF4 one, tensor by tensor.
+
+    Args:
+        release: folder or Hub id.
+        out_dir: folder to create.
+        device: where to quantize; None for the CPU. The bytes of one device are those of bitsandbytes on it.
+        overwrite: replace an existing folder.
+        revision: of a Hub id.
+        token: of the Hub.
+
+    Returns:
+        The new release.
+
+    Raises:
+        InvalidRequestError: the release is NF4 already, or `out_dir` exists.
+        ResourceError: the disk is full.
+    """
+    source = open_release(resolve(release, revision=revision, token=token).folder)
+    if source.is_quantized:
+        raise InvalidRequestError(f"{source.folder} is quantized already ({source.manifest.quantization}).")
+    out = Path(out_dir)
+    with Checkpoint(source.folder) as checkpoint:
+        dtype = sixteen_bit(checkpoint, source.architecture)
+        manifest, config = as_nf4(source.manifest, base_config_of(source.config), dtype)
+        with write_release(out, manifest=manifest, plan=source.plan, config=config, overwrite=overwrite) as folder:
+            copy_companions(source.folder, folder)
+            writer = ShardWriter(folder)
+            for name in tqdm(sorted(checkpoint.tensors), desc="Quantizing", unit="tensor"):
+                tensor = checkpoint.read(name).to(device or "cpu")
+                for part, value in quantized_tensors(source.architecture, name, tensor, dtype).items():
+                    writer.add(part, value)
+            writer.finish()
+    return open_release(out)
