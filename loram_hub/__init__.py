@@ -1,1 +1,71 @@
-"""loram-hub: publish pruned models for LoRAM training, and recover the adapters trained on them to full size."""
+"""loram-hub: publish pruned models for LoRAM training, and recover the adapters trained on them to full size.
+
+LoRAM (arXiv 2502.13533): train LoRA on a pruned model, recover the low-rank factors, infer on the original model.
+
+The names below load their modules on first use, so that `recover`, `verify` and `info` never import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loram_hub.auto import AutoLoramModel as AutoLoramModel
+    from loram_hub.errors import LoramError as LoramError
+    from loram_hub.evaluation import evaluate as evaluate
+    from loram_hub.inspection import count_parameters as count_parameters
+    from loram_hub.inspection import info as info
+    from loram_hub.inspection import verify as verify
+    from loram_hub.merging import merge as merge
+    from loram_hub.pruning import prune as prune
+    from loram_hub.quantization import quantize as quantize
+    from loram_hub.recovery import recover as recover
+
+_HOME = {
+    "AutoLoramModel": "auto",
+    "LoramError": "errors",
+    "count_parameters": "inspection",
+    "evaluate": "evaluation",
+    "info": "inspection",
+    "merge": "merging",
+    "prune": "pruning",
+    "quantize": "quantization",
+    "recover": "recovery",
+    "verify": "inspection",
+}
+
+__all__ = [
+    "AutoLoramModel",
+    "LoramError",
+    "count_parameters",
+    "evaluate",
+    "info",
+    "merge",
+    "prune",
+    "quantize",
+    "recover",
+    "verify",
+]
+
+_OWN = "loram_hub"
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {_OWN!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"{_OWN}.{_HOME[name]}"), name)
+    except ModuleNotFoundError as err:
+        if err.name is None or err.name.split(".")[0] == _OWN:
+            raise
+        from loram_hub.errors import MissingDependencyError
+
+        raise MissingDependencyError(
+            f"loram_hub.{name} needs {err.name}, which is not installed. Install torch for your machine first, then "
+            "'loram-hub[consume]' to train, or 'loram-hub[publish]' to prune."
+        ) from err
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

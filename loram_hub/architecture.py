@@ -2,8 +2,9 @@
 
 A decoder layer is a list of `Weight`s; each axis of a weight is a sequence of `Unit`s. Two of the units can be pruned:
 
-    kv_heads   one KV head with all its query heads: `query` rows of q, `key_value` rows of k and v, `query` columns of
-    o channels   one MLP channel: a row of gate, a row of up, a column of down
+    kv_heads   one KV head with all its query heads: `query` rows of q, `key_value` rows of k and v, `query` columns
+               of o
+    channels   one MLP channel: a row of gate, a row of up, a column of down
 
 Pruning, recovery, parameter counts and the shapes of a pruned model are all read off this one table, so they cannot
 disagree. Fused projections (Phi-3) are axes of several units in a row; a family is a table entry, never a class.
@@ -312,8 +313,8 @@ class Architecture:
         for name, shape in expected.items():
             if name not in found:
                 raise UnsupportedModelError(
-                    f"Module {name.rpartition('.')[0]!r} of the {self.family.model_type} pattern is absent from {source}: "
-                    f"tensor {name!r} of shape {shape} is expected."
+                    f"Module {name.rpartition('.')[0]!r} of the {self.family.model_type} pattern is absent "
+                    f"from {source}: tensor {name!r} of shape {shape} is expected."
                 )
             if found[name] != shape:
                 raise UnsupportedModelError(
@@ -392,16 +393,19 @@ def _why_unsupported(config: Mapping[str, Any]) -> str:
             f"model_type {model_type!r} wraps a language model in 'text_config' next to other modules (vision, audio). "
             f"Export the language model alone and prune that. Supported: {known}."
         )
-    culprit = _module_outside_pattern(config)
+    culprit = _module_outside_pattern(model_type)
     detail = f" Module {culprit!r} breaks the pattern of a gated MLP with q, k, v and o projections." if culprit else ""
     return f"model_type {model_type!r} is not supported.{detail} Supported: {known}."
 
 
-def _module_outside_pattern(config: Mapping[str, Any]) -> str | None:
-    """Build the unknown model without weights, if transformers is there, and find its first foreign module."""
-    model_type = config.get("model_type")
+def _module_outside_pattern(model_type: object) -> str | None:
+    """Build a model of an unknown type without weights, if transformers is there, and find its first foreign module.
+
+    In its default sizes, which are as good as the file's own for this and cannot be a billion layers.
+    """
     try:
         import torch
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoModelForCausalLM
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError:
@@ -411,9 +415,9 @@ def _module_outside_pattern(config: Mapping[str, Any]) -> str | None:
     known_modules = {weight.module for family in FAMILIES.values() for weight in family.weights}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(dict(config)))
-    except (ValueError, TypeError, AttributeError, KeyError):
-        return None
+            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type]())  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, StrictDataclassError):
+        return None  # no causal language model, or one that needs a package of its own
     return next(_foreign_modules((name for name, _ in model.named_parameters()), known_modules), None)
 
 

@@ -1,8 +1,9 @@
 """AutoLoramModel: open a release as a stock transformers model.
 
-A release is a base model whose layers have their own widths. We subclass the stock model, shrink its linear layers to the plan after
-its own constructor ran (on the meta device: no memory), and leave the rest to transformers' `from_pretrained`: shards, NF4,
-`device_map`, low memory. What comes back is a `PreTrainedModel` that PEFT, TRL and `generate` take as it is.
+A release is a base model whose layers have their own widths. We subclass the stock model, shrink its linear layers to
+the plan after its own constructor ran (on the meta device: no memory), and leave the rest to transformers'
+`from_pretrained`: shards, NF4, `device_map`, low memory. What comes back is a `PreTrainedModel` that PEFT, TRL and
+`generate` take as it is.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,7 +24,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loram_hub.architecture import LAYER_PREFIX, Architecture, LayerSizes
+from loram_hub.errors import InvalidRequestError
+from loram_hub.files import dump_json
 from loram_hub.hub import resolve
+from loram_hub.manifest import Manifest
+from loram_hub.quantization import NF4_DESCRIPTION
 from loram_hub.release import Release, base_config_of, open_release, release_config, seal_release
 
 logger = logging.getLogger(__name__)
@@ -56,7 +63,8 @@ class AutoLoramModel:
             cache_dir: of huggingface_hub.
             local_files_only: do not use the network.
             device_map: as in transformers; None loads on the CPU.
-            dtype: of the unquantized weights, and what NF4 computes in; None picks bf16 where the device multiplies it in
+            dtype: of the unquantized weights, and what NF4 computes in; None picks bf16 where the device multiplies
+            it in
                 hardware and fp32 (on a CPU) or fp16 (on a GPU) where it does not.
             **kwargs: for transformers' `from_pretrained` (`attn_implementation`, `max_memory`, ...).
 
@@ -72,19 +80,21 @@ class AutoLoramModel:
             >>> from loram_hub import AutoLoramModel  # doctest: +SKIP
             >>> model = AutoLoramModel.from_pretrained("org/Llama-3.1-70B-LoRAM-0.85")  # doctest: +SKIP
         """
-        source = resolve(release, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        source = resolve(
+            release, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         opened = open_release(source.folder)
         chosen = _chosen_dtype(dtype, device_map)
-        config = _config_class(opened.architecture).from_dict(base_config_of(opened.config))
+        config = _config_class(opened.architecture.family.model_type).from_dict(base_config_of(opened.config))
         _set_compute_dtype(config, chosen)
         model_class = _pruned_class(opened)
         model: PreTrainedModel = model_class.from_pretrained(
             source.folder, config=config, dtype=chosen, device_map=device_map, local_files_only=True, **kwargs
         )
         model.config._name_or_path = model.name_or_path = str(release)
-        # Tensors load under the names they are stored with; what transformers recorded is its NF4 reader, which it cannot reverse
-        # (5.23: NotImplementedError from save_pretrained on any prequantized bitsandbytes model).
-        model._weight_conversions = []
+        # Tensors load under the names they are stored with; what transformers recorded is its NF4 reader, which it
+        # cannot reverse (5.23: NotImplementedError from save_pretrained on any prequantized bitsandbytes model).
+        vars(model)["_weight_conversions"] = []
         _disable_cpu_repacking(model)
         return model
 
@@ -114,7 +124,11 @@ def _device_type(device_map: str | Mapping[str, int | str] | None) -> str:
     if device_map is None:
         return "cpu"
     places = [device_map] if isinstance(device_map, str | int | torch.device) else list(device_map.values())
-    kinds = {"cuda" if isinstance(place, int) else str(place).split(":")[0] for place in places} - {"cpu", "disk", "meta"}
+    kinds = {"cuda" if isinstance(place, int) else str(place).split(":")[0] for place in places} - {
+        "cpu",
+        "disk",
+        "meta",
+    }
     if not kinds:
         return "cpu"
     kind = kinds.pop()
@@ -130,41 +144,70 @@ def _set_compute_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
         config.quantization_config = {**quantization, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
 
 
-def _config_class(architecture: Architecture) -> type[PreTrainedConfig]:
-    """Subclass the base's config so that, written to disk, it is a release's config.
+class _ReleaseConfig(PreTrainedConfig):
+    """Mixin: a config that is a release's on disk and the base's in memory.
 
-    In memory it stays the base's in every respect, `model_type` included: PEFT, Liger and chat code look models up by it.
+    In memory `model_type` stays the base's: PEFT, Liger and chat code look models up by it.
     """
-    base_class = CONFIG_MAPPING[architecture.family.model_type]
 
-    def to_json_string(self: PreTrainedConfig, use_diff: bool = True) -> str:
-        values = json.loads(base_class.to_json_string(self, use_diff))
-        return json.dumps(release_config(values, quantization_config=values.get("quantization_config")), indent=2, sort_keys=True) + "\n"
+    def to_json_string(self, use_diff: bool = True) -> str:
+        values = json.loads(super().to_json_string(use_diff))
+        return dump_json(release_config(values, quantization_config=values.get("quantization_config")))
 
-    return type(f"Loram{base_class.__name__}", (base_class,), {"to_json_string": to_json_string, "__module__": __name__})
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ANN401
+        values, rest = super().get_config_dict(*args, **kwargs)
+        return (base_config_of(values) if "loram" in values else values), rest
 
 
-def _pruned_class(release: Release) -> type[PreTrainedModel]:
-    """Subclass the stock model class with the release's widths."""
-    architecture = release.architecture
-    base_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[architecture.family.model_type]]
+@cache
+def _config_class(model_type: str) -> type[PreTrainedConfig]:
+    base_class = CONFIG_MAPPING[model_type]
+    return type(f"Loram{base_class.__name__}", (_ReleaseConfig, base_class), {"model_type": model_type})
 
-    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        base_class.__init__(self, config, *args, **kwargs)
-        for layer, sizes in enumerate(release.plan.layers):
+
+class _PrunedModel(PreTrainedModel):
+    """Mixin: a stock model whose layers get the widths of the class's release once they are built."""
+
+    loram: Release
+    """The release, its manifest and plan."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(config, *args, **kwargs)
+        architecture = self.loram.architecture
+        for layer, sizes in enumerate(self.loram.plan.layers):
             if sizes != architecture.whole_layer:
                 _shrink_layer_(self.get_submodule(f"{LAYER_PREFIX}.{layer}"), architecture, sizes)
 
-    def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # noqa: ANN401
+    def save_pretrained(  # type: ignore[override]  # every keyword of transformers' is passed on
+        self,
+        save_directory: str | os.PathLike[str],
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
         """Save as a release: weights and config as transformers does, then mask indexes and manifest."""
-        base_class.save_pretrained(self, save_directory, **kwargs)
-        seal_release(Path(save_directory), manifest=release.manifest, plan=release.plan)
+        if kwargs.get("push_to_hub"):
+            raise InvalidRequestError(
+                "push_to_hub would upload the release before its manifest is written. Save it to a folder first."
+            )
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            seal_release(Path(save_directory), manifest=_manifest_of_saved(self), plan=self.loram.plan)
 
-    return type(
-        f"Loram{base_class.__name__}",
-        (base_class,),
-        {"__init__": __init__, "save_pretrained": save_pretrained, "loram": release, "__module__": __name__},
-    )
+
+def _pruned_class(release: Release) -> type[_PrunedModel]:
+    config_class = CONFIG_MAPPING[release.architecture.family.model_type]
+    base_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[config_class])
+    return type(f"Loram{base_class.__name__}", (_PrunedModel, base_class), {"loram": release, "__module__": __name__})
+
+
+def _manifest_of_saved(model: _PrunedModel) -> Manifest:
+    """Describe a model that was opened, perhaps trained or quantized on the way in, and saved again."""
+    opened = model.loram.manifest
+    manifest = replace(opened, recipe={**opened.recipe, "saved": "save_pretrained"})
+    if manifest.quantization is None and getattr(model, "is_loaded_in_4bit", False):
+        dtype = str(model.dtype).removeprefix("torch.")
+        manifest = replace(manifest, quantization={**NF4_DESCRIPTION, "dtype": dtype})
+    return manifest
 
 
 def _shrink_layer_(layer: nn.Module, architecture: Architecture, sizes: LayerSizes) -> None:
@@ -196,7 +239,8 @@ def _tell_head_counts_(attention: nn.Module, architecture: Architecture, queries
         if hasattr(attention, name):
             setattr(attention, name, count)
     if architecture.family.reads_heads_from_config:
-        attention.config = _LayerConfig(attention.config, num_attention_heads=queries, num_key_value_heads=kv_heads)
+        config = cast("PreTrainedConfig", attention.config)
+        vars(attention)["config"] = _LayerConfig(config, num_attention_heads=queries, num_key_value_heads=kv_heads)
 
 
 class _LayerConfig:
@@ -207,7 +251,8 @@ class _LayerConfig:
         self.__dict__["_model_config"] = config
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (as the config's)
-        if name.startswith("__") or "_model_config" not in self.__dict__:  # copy and pickle ask before __dict__ is filled
+        # copy and pickle ask for attributes before __dict__ is filled
+        if name.startswith("__") or "_model_config" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.__dict__["_model_config"], name)
 
@@ -215,12 +260,12 @@ class _LayerConfig:
 def _disable_cpu_repacking(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking NF4 weights for AVX512-BF16 on the first eval forward.
 
-    Its repacking assumes that in_features is a multiple of the block size (64) and fails with a reshape error where a layer keeps
-    another number of channels (bitsandbytes 0.50, functional._convert_weight_packed_for_cpu).
+    Its repacking assumes that in_features is a multiple of the block size (64) and fails with a reshape error where a
+    layer keeps another number of channels (bitsandbytes 0.50, functional._convert_weight_packed_for_cpu).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 __all__ = ["AutoLoramModel", "supported_dtype"]

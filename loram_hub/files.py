@@ -202,7 +202,7 @@ def _publish(partial: Path, target: Path, replaced: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step of the kernel's, so that neither name is ever vacant; false where that is not on offer."""
+    """Swap two folders in one step, so that neither name is ever vacant; false where the system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -211,7 +211,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _swap(partial: Path, target: Path, replaced: Path) -> None:
-    """Replace `target` in two renames; a kill between them leaves the old folder as `replaced`, and the next run restores it."""
+    """Replace `target` in two renames; a kill between them leaves `replaced`, which the next run puts back."""
     shutil.rmtree(replaced, ignore_errors=True)
     target.rename(replaced)
     try:

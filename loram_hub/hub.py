@@ -1,6 +1,7 @@
 """The only module that talks to the network: names of models, releases and adapters become local folders.
 
-A name is a folder if one exists under it, else a Hub id. Everything is fetched by huggingface_hub into its cache, at one commit.
+A name is a folder if one exists under it, else a Hub id. Everything is fetched by huggingface_hub into its cache, at
+one commit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,18 @@ from huggingface_hub.utils import HFValidationError
 
 from loram_hub.errors import AccessError, CheckpointError
 
-CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "Notice*", "USE_POLICY*", "README.md")
+CHECKPOINT_FILES = (
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "Notice*",
+    "USE_POLICY*",
+    "README.md",
+)
 """What is fetched of a model: never pickles, never code."""
 
 METADATA_FILES = ("*.json", "mask_index.safetensors")
@@ -70,15 +82,17 @@ def resolve(
             str(name),
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
             allow_patterns=list(files),
         )
     return Source(folder=Path(snapshot), id=str(name), commit=_commit_of(Path(snapshot)))
 
 
-def resolve_config(name: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """Return the path of a model's `config.json`; `name` is a folder, the file itself, or a Hub id (one small download).
+def resolve_config(
+    name: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """Return the path of a model's `config.json`; `name` is a folder, the file itself, or a Hub id.
 
     Raises:
         CheckpointError: a folder without config, or a name that is neither a path nor a possible Hub id.
@@ -107,11 +121,16 @@ def _access_errors(name: str) -> Iterator[None]:
         ) from err
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as err:
         raise AccessError(
-            f"{name} is no local folder, is not in the Hub cache, and the Hub was not reached (offline mode, or no network): {err}"
+            f"{name} is no local folder, is not in the Hub cache, and the Hub was not reached "
+            f"(offline mode, or no network): {err}"
         ) from err
     except HfHubHTTPError as err:
         status = err.response.status_code if err.response is not None else None
-        hint = "It does not exist, or is private and you are not logged in." if status in (401, 403, 404) else "Try again later."
+        hint = (
+            "It does not exist, or is private and you are not logged in."
+            if status in (401, 403, 404)
+            else "Try again later."
+        )
         raise AccessError(f"{name} is no local folder, and the Hub answered {status} for it. {hint}") from err
     except OSError as err:
         raise AccessError(f"{name} is no local folder, and the Hub could not be reached: {err}") from err

@@ -3,20 +3,21 @@
     random      uniform, seeded (LoRAM-Rand)
     magnitude   sum of |w|^p over the group, p = 1 (`l1`) or 2 (`l2`, the default)
     taylor      first- or second-order estimate of the loss when the group goes (LoRAM-Stru), as LLM-Pruner defines it
-                (arXiv 2305.11627, eqs. 3-6): with weight W, gradient G of the mean loss over all calibration tokens, and
-                F = 1/N sum_n g_n^2 over the N samples' own gradients,
+                (arXiv 2305.11627, eqs. 3-6): with weight W, gradient G of the mean loss over all calibration tokens,
+                and F = 1/N sum_n g_n^2 over the N samples' own gradients,
                   param_first   |W o G|                    abs first, then the sum (the default)
                   vectorize     W o G                      sum along the removed slice first, then abs
                   param_second  |W o F o W|
                   param_mix     |W o G - 1/2 W o F o W|
 
-A group's score is the sum over its rows of q, k, v, gate, up and its columns of o, down; biases and norms do not count (as in
-LLM-Pruner). Query heads are credited to the KV head that serves them, h // (heads per KV head); LLM-Pruner folds them by
-h % num_key_value_heads, which credits the wrong one under grouped-query attention.
+A group's score is the sum over its rows of q, k, v, gate, up and its columns of o, down; biases and norms do not
+count (as in LLM-Pruner). Query heads are credited to the KV head that serves them, h // (heads per KV head);
+LLM-Pruner folds them by h % num_key_value_heads, which credits the wrong one under grouped-query attention.
 
-Taylor is exact with one decoder layer in memory. Forward: stream the layers, write each layer's input to a temporary file.
-Backward: reload a layer, re-run it with gradients on its stored input, reduce the weight gradients to group scores, drop them, pass
-the input's gradient on. The scores equal a full backward to rounding; every weight is read twice; memory does not grow with depth.
+Taylor is exact with one decoder layer in memory. Forward: stream the layers, write each layer's input to a temporary
+file. Backward: reload a layer, re-run it with gradients on its stored input, reduce the weight gradients to group
+scores, drop them, pass the input's gradient on. The scores equal a full backward to rounding; every weight is read
+twice; memory does not grow with depth.
 
 Shapes in this file: N samples, T tokens, H hidden_size, O out_features, I in_features.
 """
@@ -111,7 +112,8 @@ def importance_scores(
         calibration: token ids, int64, (N, T); needed by `taylor` alone.
         seed: of `random`.
         device: where `taylor` computes; None for the CPU.
-        dtype: what `taylor` computes in; None for fp32 on the CPU and the stored type elsewhere. Gradients always add up in fp32.
+        dtype: what `taylor` computes in; None for fp32 on the CPU and the stored type elsewhere. Gradients always add
+            up in fp32.
         batch_size: samples per forward and backward pass; changes memory and speed, not the scores.
 
     Returns:
@@ -137,13 +139,14 @@ def importance_scores(
 def _check_calibration(ids: torch.Tensor, architecture: Architecture) -> None:
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or ids.is_floating_point():
         raise InvalidRequestError(
-            f"Calibration must be token ids of shape (samples, tokens) with at least 1 sample of 2 tokens; found {ids.dtype} of shape "
-            f"{tuple(ids.shape)}."
+            "Calibration must be token ids of shape (samples, tokens), at least 1 sample of 2 tokens; "
+            f"found {ids.dtype} of shape {tuple(ids.shape)}."
         )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= architecture.vocab_size:
         raise InvalidRequestError(
-            f"Calibration has token ids from {low} to {high}; the vocabulary has {architecture.vocab_size:,}. Wrong tokenizer?"
+            f"Calibration has token ids from {low} to {high}; "
+            f"the vocabulary has {architecture.vocab_size:,}. Wrong tokenizer?"
         )
 
 
@@ -250,7 +253,9 @@ class _StreamedTaylor:
         for owner in module.modules():
             if owner._non_persistent_buffers_set:  # rotary frequencies, embedding scales: computed, not stored
                 for name in owner._non_persistent_buffers_set:
-                    owner._buffers[name] = torch.empty_like(cast("torch.Tensor", owner._buffers[name]), device=self._device)
+                    owner._buffers[name] = torch.empty_like(
+                        cast("torch.Tensor", owner._buffers[name]), device=self._device
+                    )
                 with torch.no_grad():
                     self._model._init_weights(owner)
         for name, _ in list(module.named_parameters()):
@@ -266,7 +271,8 @@ class _StreamedTaylor:
     def _embed(self, ids_NT: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         """Run the model's own preamble; return the first layer's input and the other arguments of every layer.
 
-        The model runs whole, with recorders in place of its layers: masks, rotary embeddings and scalings are then the library's.
+        The model runs whole, with recorders in place of its layers: masks, rotary embeddings and scalings are then
+        the library's.
         """
         inner = self._model.model
         recorders = [_Recorder(layer) for layer in self._layers]
@@ -291,7 +297,8 @@ class _StreamedTaylor:
     def _forward(self, layer: int, hidden_NTH: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         with self._loaded(self._layers[layer], f"{LAYER_PREFIX}.{layer}.") as module, torch.no_grad():
             outputs = [
-                _first(module(hidden_NTH[batch].to(self._device), **kwargs)).cpu() for batch in self._batches(len(hidden_NTH))
+                _first(module(hidden_NTH[batch].to(self._device), **kwargs)).cpu()
+                for batch in self._batches(len(hidden_NTH))
             ]
         return torch.cat(outputs)
 
@@ -301,14 +308,20 @@ class _StreamedTaylor:
         norm = inner.norm
         self._model.model = stand_in = _HiddenStates(norm)
         lm_head_prefix = LM_HEAD.removesuffix("weight")
-        alias = {} if LM_HEAD in self._checkpoint.tensors and not self._architecture.tie_word_embeddings else {LM_HEAD: EMBEDDING}
+        alias = (
+            {}
+            if LM_HEAD in self._checkpoint.tensors and not self._architecture.tie_word_embeddings
+            else {LM_HEAD: EMBEDDING}
+        )
         gradients = []
         try:
             with (
                 self._loaded(norm, "model.norm."),
                 self._loaded(self._model.lm_head, lm_head_prefix, alias=alias),
             ):
-                for sample in range(ids_NT.shape[0]):  # one at a time: logits of a large vocabulary are the largest tensor here
+                for sample in range(
+                    ids_NT.shape[0]
+                ):  # one at a time: logits of a large vocabulary are the largest tensor here
                     stand_in.hidden_states = hidden_NTH[sample : sample + 1].to(self._device).requires_grad_()
                     ids = ids_NT[sample : sample + 1].to(self._device)
                     loss = self._model(input_ids=ids, labels=ids, use_cache=False).loss / ids_NT.shape[0]
@@ -344,7 +357,7 @@ class _StreamedTaylor:
 
 
 class _WeightGradients:
-    """Gradients of a layer's matrices, added up in fp32 over the batches: their sum, and the mean square of the samples' own."""
+    """Gradients of a layer's matrices, in fp32 over the batches: their sum, and the mean square of the samples' own."""
 
     def __init__(self, module: nn.Module | None, samples: int, variant: str) -> None:
         self._samples = samples
@@ -419,10 +432,10 @@ def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 class _TensorFile:
-    """Equal tensors in a temporary file, so that layer inputs cost disk and not memory (at 70B and 10 x 64 tokens, 1.7 GB)."""
+    """Equal tensors in a temporary file: layer inputs cost disk, not memory (70B, 10 x 64 tokens: 1.7 GB)."""
 
     def __enter__(self) -> _TensorFile:
-        self._file = tempfile.TemporaryFile(prefix="loram-taylor-")  # noqa: SIM115 (closed in __exit__)
+        self._file = tempfile.TemporaryFile(prefix="loram-taylor-")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -47,13 +47,13 @@ class PruningSettings:
     keep_last: int = 2
     """Layers at the end that stay whole."""
     round_to: int | None = None
-    """Round the kept MLP channels up to a multiple of this (64 suits NF4 blocks); None keeps the paper's exact count."""
+    """Round the kept MLP channels up to a multiple of this (64 suits NF4); None keeps the paper's exact count."""
 
     def __post_init__(self) -> None:
         """Check the ranges; raises `InvalidRequestError`."""
         if not 0 <= self.pruning_ratio < 1:  # also refuses NaN
             raise InvalidRequestError(
-                f"pruning_ratio is {self.pruning_ratio}; it is the share removed and must lie in [0, 1), for example 0.65."
+                f"pruning_ratio is {self.pruning_ratio}; it is the share removed and must lie in [0, 1): 0.65, say."
             )
         if self.keep_first < 0 or self.keep_last < 0:
             raise InvalidRequestError(
@@ -168,7 +168,8 @@ def planned_sizes(architecture: Architecture, settings: PruningSettings) -> tupl
     if small.kv_heads < 1 or small.channels < 1:
         raise InvalidRequestError(
             f"pruning_ratio {settings.pruning_ratio} leaves {small.kv_heads} of {whole.kv_heads} KV heads and "
-            f"{small.channels:,} of {whole.channels:,} MLP channels in a layer; each needs at least one. Use a smaller ratio."
+            f"{small.channels:,} of {whole.channels:,} MLP channels in a layer; each needs at least one. "
+            "Use a smaller ratio."
         )
     return tuple(small if layer in pruned else whole for layer in range(architecture.num_hidden_layers))
 
@@ -216,11 +217,11 @@ def plan_from_scores(
         }
         kept[layer] = {}
         for space, count in counts.items():
-            values = np.asarray(scores[layer][space]) if layer in scores else np.empty(0)
+            values = np.asarray(scores.get(layer, {}).get(space, ()))
             if values.shape != (limits[space],) or not np.isfinite(values).all():
                 raise PlanMismatchError(
-                    f"Importance of layer {layer} {space} must be {limits[space]:,} finite numbers, found shape {values.shape}"
-                    f"{'' if np.isfinite(values).all() else ' with NaN or infinity'}."
+                    f"Importance of layer {layer} {space} must be {limits[space]:,} finite numbers, "
+                    f"found shape {values.shape}{'' if np.isfinite(values).all() else ' with NaN or infinity'}."
                 )
             best = np.argsort(-values, kind="stable")[:count]
             kept[layer][space] = np.sort(best).astype(np.int32)

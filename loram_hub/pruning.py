@@ -1,6 +1,7 @@
 """Prune a base model into a release: score the channel groups, choose what is kept, slice the weights.
 
-Everything streams: importance holds one decoder layer, slicing one tensor. LoRAM calls this P(.) (arXiv 2502.13533, eq. 3).
+Everything streams: importance holds one decoder layer, slicing one tensor. LoRAM calls this P(.) (arXiv 2502.13533,
+eq. 3).
 """
 
 from __future__ import annotations
@@ -83,10 +84,12 @@ def prune(
 
     Example:
         >>> from loram_hub import prune  # doctest: +SKIP
-        >>> prune("HuggingFaceTB/SmolLM2-135M", "smol-loram-0.65", pruning_ratio=0.65, calibration="texts.jsonl")  # doctest: +SKIP
+        >>> prune("org/model", "model-loram-0.65", pruning_ratio=0.65, calibration="texts.jsonl")  # doctest: +SKIP
     """
     method = parse_importance(importance)
-    settings = PruningSettings(pruning_ratio=pruning_ratio, keep_first=keep_first, keep_last=keep_last, round_to=round_to)
+    settings = PruningSettings(
+        pruning_ratio=pruning_ratio, keep_first=keep_first, keep_last=keep_last, round_to=round_to
+    )
     out = Path(out_dir)
     refuse_existing(out, overwrite=overwrite)
     source = resolve(base, revision=revision, token=token)
@@ -133,8 +136,8 @@ def _calibration(
 ) -> torch.Tensor:
     if given is None:
         raise InvalidRequestError(
-            "Taylor importance needs calibration: pass token ids (samples, tokens), or a file, folder or dataset with texts. "
-            "importance='magnitude' and 'random' need none."
+            "Taylor importance needs calibration: pass token ids (samples, tokens), or a file, folder or dataset with "
+            "texts. importance='magnitude' and 'random' need none."
         )
     if isinstance(given, torch.Tensor):
         return given.cpu().long()

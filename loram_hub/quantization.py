@@ -1,7 +1,7 @@
 """NF4 quantization, written in bitsandbytes' own serialization so that transformers loads it as a prequantized model.
 
-Quantized are the projections of the decoder layers; embeddings, lm_head and norms stay in 16 bit (QLoRA, arXiv 2305.14314,
-section 3). The bytes are bitsandbytes' own: it quantizes each tensor, we only stream.
+Quantized are the projections of the decoder layers; embeddings, lm_head and norms stay in 16 bit (QLoRA, arXiv
+2305.14314, section 3). The bytes are bitsandbytes' own: it quantizes each tensor, we only stream.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def bitsandbytes_config(dtype: str) -> dict[str, Any]:
     """Return the `quantization_config` of an NF4 release, in the keys that transformers writes.
 
     Args:
-        dtype: 16-bit type of the unquantized weights, `bfloat16` or `float16`; the loader picks what the device computes in.
+        dtype: 16-bit type of the unquantized weights, `bfloat16` or `float16`; the loader picks what the device
+        computes in.
     """
     return {
         "_load_in_4bit": True,
@@ -68,12 +69,16 @@ def as_nf4(manifest: Manifest, base_config: Mapping[str, Any], dtype: torch.dtyp
     name = str(dtype).removeprefix("torch.")
     config = {key: value for key, value in base_config.items() if key != "torch_dtype"} | {"dtype": name}
     quantized = replace(
-        manifest, quantization={**NF4_DESCRIPTION, "dtype": name}, recipe={**manifest.recipe, "quantize": {"type": "nf4"}}
+        manifest,
+        quantization={**NF4_DESCRIPTION, "dtype": name},
+        recipe={**manifest.recipe, "quantize": {"type": "nf4"}},
     )
     return quantized, release_config(config, quantization_config=bitsandbytes_config(name))
 
 
-def quantized_tensors(architecture: Architecture, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def quantized_tensors(
+    architecture: Architecture, name: str, tensor: torch.Tensor, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """Return what an NF4 release stores for a tensor: the NF4 parts of a projection, anything else in `dtype`."""
     tensor = tensor.to(dtype)
     return nf4_tensors(name, tensor) if _is_projection(architecture, name) else {name: tensor}

@@ -1,7 +1,7 @@
-"""A release on disk: pruned weights, mask indexes, manifest, config, tokenizer. docs/format.md describes it to the byte.
+"""A release on disk: pruned weights, mask indexes, manifest, config, tokenizer. docs/format.md has it to the byte.
 
 `write_release` builds one atomically; `open_release` reads one and checks all that is cheap to check before a tensor is
-built; `verify` hashes every byte as well. No torch.
+built; `open_metadata` does so where no weights are at hand; `verify` hashes every byte as well. No torch.
 """
 
 from __future__ import annotations
@@ -174,8 +174,7 @@ def open_release(folder: Path) -> Release:
     """Open a release and check it without reading the weights.
 
     Checked: manifest, file sizes, hashes of everything but the weights, mask indexes against the base config, and the
-        shape of
-    every weight against the plan. `verify` also hashes the weights.
+    shape of every weight against the plan. `verify` also hashes the weights.
 
     Args:
         folder: the release.
@@ -188,19 +187,34 @@ def open_release(folder: Path) -> Release:
         VerificationError: a file differs from the manifest.
         IncompatibleError: the format is newer than this package, or plan and weights do not fit.
     """
+    release = open_metadata(folder)
+    _check_files(folder, release.manifest.files, hash_weights=False)
+    _check_weights(release)
+    return release
+
+
+def open_metadata(folder: Path) -> Release:
+    """Open a release by its manifest, config and mask indexes alone: no weights need be there.
+
+    Recovery needs no more than this, so nobody downloads a model to recover an adapter.
+
+    Raises:
+        CheckpointError: the folder is no release.
+        VerificationError: one of the three files differs from the manifest.
+        IncompatibleError: the format is newer than this package, or the plan does not fit the base config.
+    """
     if not is_release(folder):
         read_config(folder)  # the better error if it is no checkpoint at all
         raise CheckpointError(f"{folder} is a checkpoint but no LoRAM release: it lacks {MANIFEST} or {MASK_INDEX}.")
     manifest = read_manifest(folder)
-    _check_files(folder, manifest.files, hash_weights=False)
+    needed = {name: entry for name, entry in manifest.files.items() if name in (CONFIG, MASK_INDEX)}
+    _check_files(folder, needed, hash_weights=False)
     config = read_config(folder)
     architecture = architecture_of(base_config_of(config))
     plan = read_mask_index(folder / MASK_INDEX, architecture)
     if plan.digest != manifest.pruning.plan_sha256:
         raise VerificationError(f"{folder / MASK_INDEX} is not the plan that {MANIFEST} was written for.")
-    release = Release(folder=folder, manifest=manifest, plan=plan, config=config)
-    _check_weights(release)
-    return release
+    return Release(folder=folder, manifest=manifest, plan=plan, config=config)
 
 
 def verify(folder: str | Path) -> Release:
@@ -262,6 +276,6 @@ def _check_packed(name: str, shape: tuple[int, ...], found: Mapping[str, TensorI
     absmax = found.get(f"{name}.absmax")
     if found[name].nbytes != -(-elements // 2) or absmax is None or absmax.shape != (-(-elements // NF4_BLOCK),):
         raise PlanMismatchError(
-            f"NF4 tensor {name!r} has {found[name].nbytes:,} bytes; the plan gives it {shape}, which packs to {-(-elements // 2):,} "
-            f"with {-(-elements // NF4_BLOCK):,} scales."
+            f"NF4 tensor {name!r} has {found[name].nbytes:,} bytes; the plan gives it {shape}, "
+            f"which packs to {-(-elements // 2):,} with {-(-elements // NF4_BLOCK):,} scales."
         )

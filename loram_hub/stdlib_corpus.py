@@ -1,11 +1,11 @@
 """Real text that every Python installation brings along, for `loram demo` and tests: no download, no committed text.
 
-Tasks: a signature of the standard library, to be answered with the first sentence of its docstring. They are split by top-level
-module, so that the held-out tasks come from modules that training never saw. General text: Python's own help topics and long
-docstrings, without those of held-out modules.
+Tasks: a signature of the standard library, to be answered with the first sentence of its docstring. They are split by
+top-level module, so that the held-out tasks come from modules that training never saw. General text: Python's own help
+topics and long docstrings, without those of held-out modules.
 
-Source files are parsed, never imported: some modules of the standard library open windows or browsers when imported. The corpus
-is a pure function of the Python version.
+Source files are parsed, never imported: some modules of the standard library open windows or browsers when imported.
+The corpus is a pure function of the Python version.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from pathlib import Path
 from loram_hub.errors import ResourceError
 from loram_hub.texts import Example
 
-_FOLDERS_LEFT_OUT = frozenset(
-    {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "distutils", "ensurepip", "site-packages", "dist-packages", "pydoc_data"}
-)
+_TESTS_AND_TOOLS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "distutils", "ensurepip"}
+_NOT_THE_LIBRARY = {"site-packages", "dist-packages", "pydoc_data"}
 _SUMMARY_CHARACTERS = range(20, 161)
-_SIGNATURE_CHARACTERS = 160
+_SIGNATURE_CHARACTERS = range(161)
 _LONG_DOCSTRING = 400
 """Characters from which a docstring counts as general text."""
 _HELD_OUT_PERCENT = 20
@@ -60,7 +59,8 @@ def stdlib_examples() -> tuple[list[Example], list[Example]]:
     splits: dict[bool, dict[str, Example]] = {False: {}, True: {}}
     for docstring in _docstrings():
         summary = _summary(docstring.text)
-        if docstring.signature and len(docstring.signature) <= _SIGNATURE_CHARACTERS and len(summary) in _SUMMARY_CHARACTERS:
+        is_usable = len(docstring.signature) in _SIGNATURE_CHARACTERS and len(summary) in _SUMMARY_CHARACTERS
+        if docstring.signature and is_usable:
             example = Example(prompt=f"{docstring.signature}\nSummary:", completion=f" {summary}")
             splits[docstring.is_held_out].setdefault(summary.lower().rstrip("."), example)
     train, held_out = splits[False], splits[True]
@@ -84,15 +84,18 @@ def _docstrings() -> tuple[_Docstring, ...]:
     root = Path(sysconfig.get_path("stdlib"))
     found = tuple(docstring for path in _public_modules(root) for docstring in _docstrings_of(path, root))
     if not found:
-        raise ResourceError(f"{root} holds no sources of the standard library; the demo's data is built from them. Use a full Python.")
+        raise ResourceError(
+            f"{root} holds no sources of the standard library, which the demo's data is built from. Use a full Python."
+        )
     return found
 
 
 def _public_modules(root: Path) -> Iterator[Path]:
+    left_out = _TESTS_AND_TOOLS | _NOT_THE_LIBRARY
     for path in sorted(root.rglob("*.py")):
         names = path.relative_to(root).with_suffix("").parts
         is_private = any(name.startswith("_") for name in names if name != "__init__")
-        if not is_private and _FOLDERS_LEFT_OUT.isdisjoint(names) and not names[0].startswith(("config-", "lib-")):
+        if not is_private and left_out.isdisjoint(names) and not names[0].startswith(("config-", "lib-")):
             yield path
 
 
