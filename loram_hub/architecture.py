@@ -415,7 +415,7 @@ def _module_outside_pattern(model_type: object) -> str | None:
     known_modules = {weight.module for family in FAMILIES.values() for weight in family.weights}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type]())  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type]())
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, StrictDataclassError):
         return None  # no causal language model, or one that needs a package of its own
     return next(_foreign_modules((name for name, _ in model.named_parameters()), known_modules), None)

@@ -95,6 +95,7 @@ class AutoLoramModel:
         # Tensors load under the names they are stored with; what transformers recorded is its NF4 reader, which it
         # cannot reverse (5.23: NotImplementedError from save_pretrained on any prequantized bitsandbytes model).
         vars(model)["_weight_conversions"] = []
+        _cast_unquantized_(model, chosen)
         _disable_cpu_repacking(model)
         return model
 
@@ -116,7 +117,10 @@ def _chosen_dtype(dtype: torch.dtype | str | None, device_map: str | Mapping[str
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is not None and dtype != "auto":
-        return getattr(torch, dtype)  # type: ignore[no-any-return]  # a wrong name raises AttributeError that names it
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype):
+            raise InvalidRequestError(f"dtype {dtype!r} is no torch type; for example 'bfloat16' or 'float32' are.")
+        return named
     return supported_dtype(_device_type(device_map))
 
 
@@ -204,7 +208,7 @@ def _manifest_of_saved(model: _PrunedModel) -> Manifest:
     """Describe a model that was opened, perhaps trained or quantized on the way in, and saved again."""
     opened = model.loram.manifest
     manifest = replace(opened, recipe={**opened.recipe, "saved": "save_pretrained"})
-    if manifest.quantization is None and getattr(model, "is_loaded_in_4bit", False):
+    if getattr(model, "is_loaded_in_4bit", False):
         dtype = str(model.dtype).removeprefix("torch.")
         manifest = replace(manifest, quantization={**NF4_DESCRIPTION, "dtype": dtype})
     return manifest
@@ -255,6 +259,17 @@ class _LayerConfig:
         if name.startswith("__") or "_model_config" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.__dict__["_model_config"], name)
+
+
+def _cast_unquantized_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Bring embeddings, lm_head and norms to the compute type.
+
+    transformers (5.23) leaves them as they are stored when the checkpoint is prequantized, whatever `dtype` asks for; on
+    a CPU without bf16 instructions the lm_head alone would then take most of a step.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _disable_cpu_repacking(model: PreTrainedModel) -> None:

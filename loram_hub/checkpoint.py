@@ -88,7 +88,7 @@ class Checkpoint:
         """
         self.folder = folder
         self.config = read_config(folder)
-        self.tensors = _index(folder)
+        self.tensors = index_tensors(folder)
         self._open_files = ExitStack()
         self._handles: dict[Path, Any] = {}
 
@@ -168,6 +168,8 @@ def read_headers(file: Path) -> dict[str, TensorInfo]:
 
 def weight_files(folder: Path) -> list[Path]:
     """Safetensors weight files of a checkpoint, in order; raises `CheckpointError` if one is missing."""
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]  # first, as transformers has it, so that both always mean the same tensors
     if (folder / INDEX_FILE).is_file():
         weight_map = _weight_map(folder)
         files = [folder / name for name in sorted(set(weight_map.values()))]
@@ -177,8 +179,6 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{folder} lacks {len(missing)} of {len(files)} shards, first {missing[0]}. Download or copy it again."
             )
         return files
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
     pickled = [name for name in _PICKLES if (folder / name).exists()]
     if pickled:
         raise CheckpointError(
@@ -200,7 +200,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _index(folder: Path) -> dict[str, TensorInfo]:
+def index_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Find every tensor of a checkpoint by the headers of its weight files.
+
+    Raises:
+        CheckpointError: see `weight_files`; or the index places a tensor in a file that does not hold it.
+        VerificationError: a header or the index is damaged, or a tensor is in two files.
+    """
     files = weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -208,7 +214,7 @@ def _index(folder: Path) -> dict[str, TensorInfo]:
             if name in tensors:
                 raise VerificationError(f"Tensor {name!r} is in two shards: {tensors[name].file.name} and {file.name}.")
             tensors[name] = info
-    if (folder / INDEX_FILE).is_file():
+    if files[0].name != SINGLE_FILE:
         weight_map = _weight_map(folder)
         for name, shard in weight_map.items():
             if name not in tensors or tensors[name].file.name != shard:
@@ -233,7 +239,16 @@ class ShardWriter:
         self._total_bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one tensor (any device; stored contiguous, in its dtype)."""
+        """Append one tensor (any device; stored contiguous, in its dtype).
+
+        Raises:
+            CheckpointError: a dtype that is not written here (8-bit floats, complex numbers).
+            ResourceError: the disk is full or not writable.
+        """
+        if str(tensor.dtype) not in _CODES:
+            raise CheckpointError(
+                f"Tensor {name!r} is {tensor.dtype}, which is not written here. Start from bfloat16 or float32."
+            )
         nbytes = tensor.numel() * tensor.element_size()
         with resource_errors(f"Writing weights to {self._folder}"):
             if self._shard is not None and not self._shard.has_room(name, nbytes, self._max_shard_bytes):

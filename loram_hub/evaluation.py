@@ -156,7 +156,9 @@ def evaluate(
     encoded, cut_examples = encode_examples(read_examples(data, limit=limit), tokenizer, max_tokens=max_tokens)
 
     def load_base() -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_folder or "", dtype=chosen, device_map={"": where})
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base_folder or "", dtype=chosen, device_map={"": where}
+        )
         return model
 
     def load_pruned() -> PreTrainedModel:

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -74,8 +75,16 @@ def parse_json(text: str, *, source: str) -> dict[str, Any]:
     def refuse_constant(name: str) -> NoReturn:
         raise VerificationError(f"{source} holds {name}, which is not JSON.")
 
+    def finite(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise VerificationError(f"{source} holds {digits[:40]}, which no float can.")
+        return value
+
     try:
-        value = json.loads(text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
+        value = json.loads(
+            text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant, parse_float=finite
+        )
     except VerificationError:
         raise
     except (ValueError, RecursionError) as err:

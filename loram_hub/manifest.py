@@ -114,7 +114,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is a release of format {version}; this loram-hub reads up to format {FORMAT}. Upgrade loram-hub."
         )
     source = str(folder / MANIFEST)
+    _check_fields(Manifest, values, source)
     files = _mapping(values, "files", source)
+    tools = _mapping(values, "tools", source)
     return Manifest(
         base=_record(BaseModel, _mapping(values, "base", source), source),
         pruning=_record(Pruning, _mapping(values, "pruning", source), source),
@@ -122,7 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
         alignment=_optional_mapping(values, "alignment", source),
         quantization=_optional_mapping(values, "quantization", source),
         recipe=_mapping(values, "recipe", source),
-        tools=_mapping(values, "tools", source),
+        tools={name: _typed(tools, name, str, source) for name in tools},
         files={name: _record(FileEntry, _mapping(files, name, source), source) for name in files},
         format=version,
     )
@@ -142,15 +144,20 @@ _FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
 
 def _record(kind: type[_T], values: Mapping[str, Any], source: str) -> _T:
     """Build a frozen record from untrusted JSON: every field present, of its declared type, and no other."""
-    fields: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]  # T is always a dataclass here
-    if set(values) != set(fields):
-        odd = sorted(set(values) ^ set(fields))
-        raise VerificationError(f"{source}: {kind.__name__} has missing or unknown fields {odd}.")
+    fields = _check_fields(kind, values, source)
     for name, declared in fields.items():
         value = values[name]
         if not isinstance(value, _FIELD_TYPES[declared.type]) or isinstance(value, bool):
             raise VerificationError(f"{source}: {kind.__name__}.{name} is {value!r}; {declared.type} is needed.")
     return kind(**values)
+
+
+def _check_fields(kind: type, values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    fields: Mapping[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]  # always a dataclass here
+    if set(values) != set(fields):
+        odd = sorted(set(values) ^ set(fields))
+        raise VerificationError(f"{source}: {kind.__name__} has missing or unknown fields {odd}.")
+    return fields
 
 
 def _typed(values: Mapping[str, Any], key: str, kind: type, source: str) -> Any:  # noqa: ANN401 (checked here)
@@ -174,7 +181,7 @@ def file_entries(folder: Path) -> dict[str, FileEntry]:
     return {
         path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
 
 

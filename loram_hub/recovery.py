@@ -1,32 +1,34 @@
 """Recover an adapter that was trained on a pruned model to the full size of the original one.
 
-LoRAM (arXiv 2502.13533, section 2 and eqs. 5-6) trains W_P + s B_P A_P, where W_P keeps the rows and columns of W whose mask
-M is one. Recovery is a function R of the factors and the mask alone, with W_R = R(s B_P A_P) added to W:
+LoRAM (arXiv 2502.13533) trains W^P + s B^P A^P, where W^P has those rows and columns of W_0 whose mask M is 1. Its
+recovery function R (eqs. 5-6) needs the factors and the mask alone, and gives what is added to W_0 for inference:
 
-    B_R[i] = B_P[k]  if row i of W is the k-th kept one,     else 0        q, k, v, gate, up
-    A_R[:, j] = A_P[:, k]  if column j of W is the k-th kept one,  else 0        o, down
+    B^R[i] = B^P[k]        if row i of W_0 is the k-th that was kept, else 0        (q, k, v, gate, up)
+    A^R[:, j] = A^P[:, l]  if column j of W_0 is the l-th that was kept, else 0     (o, down)
 
-so that (B_R A_R)[i, j] = (B_P A_P)[k, l] at kept positions, and 0 at all others: `recovered * M = trained`. The paper writes
-M = 0 for kept in its eqs. 5-6 and M = 1 in eq. 3; here **M = 1 is kept** throughout. Axes that pruning does not touch (the
-hidden size), the lm_head and whole layers pass through. Every number is copied, not computed, so nothing is lost in fp32.
+so (B^R A^R)[i, j] = (B^P A^P)[k, l] at kept positions and 0 at all others. The paper contradicts itself: kept is M = 1
+in its eq. 3 and M = 0 in eqs. 5-6. Here **M = 1 is kept** throughout. The hidden axes, layers that were left whole, and
+the lm_head pass through. Numbers are copied, not computed: without a change of type the factors hold the trained bits.
 
-Which axis of which weight was pruned, and where its units lie in a fused projection (Phi-3's qkv_proj and gate_up_proj), is read
-off the plan; no weight's name and no head count appears here. Neither base nor release weights are needed, nor torch.
+Which axes of a weight were pruned, and where its parts lie in a fused projection (Phi-3's qkv_proj and gate_up_proj),
+is read off the plan; no layer's weight is named here and no head counted. No weights are needed, and no torch.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from loram_hub.adapter import CONFIG as ADAPTER_CONFIG
 from loram_hub.adapter import (
     DTYPES,
     RECORD,
@@ -36,16 +38,13 @@ from loram_hub.adapter import (
     DtypeName,
     Factor,
     LoraPair,
-    build_adapter,
     convert,
-    factor_names,
     linear_modules,
-    parse_config,
     read_adapter,
+    read_model,
     shortest_targets,
     write_adapter,
 )
-from loram_hub.adapter import CONFIG as ADAPTER_CONFIG
 from loram_hub.architecture import LM_HEAD
 from loram_hub.errors import (
     CheckpointError,
@@ -60,7 +59,6 @@ from loram_hub.hub import METADATA_FILES, resolve
 from loram_hub.release import Release, open_metadata
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
@@ -108,7 +106,11 @@ class _Origin:
 
     release: Release
     id: str
+    """Hub id, or the folder's name."""
     commit: str | None
+    name: str | None = None
+    """What it was opened by, with `revision`; None if it was open already."""
+    revision: str | None = None
 
 
 def recover(
@@ -127,8 +129,8 @@ def recover(
     Args:
         adapter: what training gave: a folder saved by PEFT, a Hub id, or the live `PeftModel`.
         out_dir: adapter folder to create; appears whole or not at all.
-        release: the release it was trained on, folder or Hub id; None for the one the adapter names. Only its manifest, mask
-            indexes and config are read.
+        release: the release it was trained on, folder or Hub id; None for the one the adapter names. Only its manifest,
+            mask indexes and config are read.
         dtype: type of the written factors. Factors of another type are rounded once.
         overwrite: replace an existing folder.
         dry_run: check everything and say what would be written, without writing.
@@ -139,7 +141,7 @@ def recover(
         What was written, for which base model.
 
     Raises:
-        UnsupportedAdapterError: the adapter has no full-size equivalent (DoRA, modules_to_save, ...), or is recovered already.
+        UnsupportedAdapterError: the adapter has no full-size equivalent (DoRA, modules_to_save, ...), or has full size.
         PlanMismatchError: it was trained on another release.
         VerificationError: a file is torn, altered, or holds NaN.
         InvalidRequestError: `out_dir` exists, or no release is known.
@@ -158,9 +160,9 @@ def recover(
     _refuse_recovered(trained)
     origin = _find_origin(trained, trained_on, release, revision, token)
     _check_plan(trained, trained_on, origin)
-    _check_shapes(trained, origin)
+    shapes = _full_shapes(trained, origin)
     trained.check_targets(linear_modules(origin.release.architecture))
-    canonical, scales = _canonical(trained, origin.release, dtype)
+    canonical, scales = _canonical(trained, origin.release, shapes, dtype)
 
     def factors(module: str) -> tuple[Factor, Factor]:
         return _widen(module, trained.pairs[module], origin.release, canonical, scale=scales[module])
@@ -191,42 +193,20 @@ def _open_adapter(
     """Read the adapter; with it the release, if the adapter lives on an opened one."""
     if isinstance(adapter, str | os.PathLike):
         return read_adapter(resolve(adapter, token=token, files=ADAPTER_FILES).folder), None
-    try:
-        from peft import PeftModel, get_peft_model_state_dict
-    except ImportError:
-        PeftModel = None  # type: ignore[assignment,misc]  # without peft the object can be no PeftModel
-    if PeftModel is None or not isinstance(adapter, PeftModel):
-        raise InvalidRequestError(f"adapter is a {type(adapter).__name__}; a folder, a Hub id or a PeftModel is needed.")
-    names = adapter.active_adapters
-    if len(names) != 1:
-        raise UnsupportedAdapterError(f"The model has the adapters {names} active; activate one with set_adapter.")
-    source = f"the adapter {names[0]!r}"
-    # What PEFT would save: sets become lists, and the names of its enums are texts already.
-    values = json.loads(json.dumps(adapter.peft_config[names[0]].to_dict(), default=sorted))
-    config = parse_config(values, source=source)
-    state = get_peft_model_state_dict(adapter, adapter_name=names[0], save_embedding_layers=False)
-    tensors = {name: _to_numpy(state[name]) for name in factor_names(list(state), source=source)}
-    found = getattr(adapter.get_base_model(), "loram", None)
-    trained_on = found if isinstance(found, Release) else None
-    return build_adapter(config, tensors, source=source, record={}), trained_on
+    if "peft" in sys.modules:  # else it can be no PeftModel, and importing peft takes seconds
+        from peft import PeftModel
 
-
-def _to_numpy(tensor: torch.Tensor) -> Factor:
-    import torch
-
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:  # numpy has no bf16 of its own
-        return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"])
-    if tensor.dtype not in (torch.float16, torch.float32):
-        raise UnsupportedAdapterError(f"A factor is {tensor.dtype}; float32, float16 or bfloat16 is needed.")
-    return tensor.numpy()
+        if isinstance(adapter, PeftModel):
+            found = getattr(adapter.get_base_model(), "loram", None)
+            return read_model(adapter), found if isinstance(found, Release) else None
+    raise InvalidRequestError(f"adapter is a {type(adapter).__name__}; a folder, a Hub id or a PeftModel is needed.")
 
 
 def _refuse_recovered(adapter: Adapter) -> None:
     if adapter.record.get("kind") == _KIND:
-        base = adapter.config.base
         raise UnsupportedAdapterError(
-            f"{adapter.source} is already recovered. Use it as it is on {base}, or recover the adapter that training gave."
+            f"{adapter.source} is already recovered: use it as it is on {adapter.config.base}. "
+            "What can be recovered is the adapter that training gave."
         )
 
 
@@ -243,27 +223,28 @@ def _find_origin(
         return _origin(trained_on)
     config = adapter.config
     if config.base is None:
-        raise InvalidRequestError(f"{adapter.source} does not say which release it was trained on. Give it with release=....")
+        raise InvalidRequestError(
+            f"{adapter.source} does not say which release it was trained on. Give the release, as a folder or Hub id."
+        )
     revision = revision or config.revision
     if revision is None and not Path(config.base).expanduser().is_dir():
-        logger.warning("The adapter names %s without a revision; if it was trained on an older one, give revision=", config.base)
+        logger.warning("The adapter names %s without a revision; the latest is taken", config.base)
     try:
         return _open_origin(config.base, revision, token)
     except CheckpointError as err:
         raise CheckpointError(
             f"{adapter.source} says that it was trained on {config.base}, which is no release here: {err} "
-            "Give the release with release=...."
+            "Give the release, as a folder or Hub id."
         ) from err
 
 
 def _open_origin(name: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> _Origin:
     source = resolve(name, revision=revision, token=token, files=METADATA_FILES)
-    opened = open_metadata(source.folder)
-    return _origin(opened) if source.commit is None else _Origin(release=opened, id=source.id, commit=source.commit)
+    return replace(_origin(open_metadata(source.folder)), name=str(name), revision=revision)
 
 
 def _origin(release: Release) -> _Origin:
-    """Name an opened release by where it lies: a snapshot in the Hub cache by id and commit, else by its folder's name."""
+    """Name an opened release: by id and commit if it lies in the Hub cache, else by its folder's name."""
     folder = Path(os.path.abspath(release.folder))
     snapshot = _SNAPSHOT.search(folder.as_posix())
     if snapshot is None:
@@ -279,8 +260,9 @@ def _check_plan(adapter: Adapter, trained_on: Release | None, origin: _Origin) -
     digest = _trained_digest(adapter, trained_on, origin)
     if digest is not None and digest != origin.release.plan.digest:
         raise PlanMismatchError(
-            f"{adapter.source} was trained on the plan {digest[:12]} ({adapter.config.base}), the release {origin.id} has the plan "
-            f"{origin.release.plan.digest[:12]}: other channel groups are kept. Give the release it was trained on, or retrain."
+            f"{adapter.source} was trained on plan {digest[:12]} (release {adapter.config.base}); {origin.id} has plan "
+            f"{origin.release.plan.digest[:12]}, which keeps other channel groups. Give the release it was trained on, "
+            "or retrain on this one."
         )
 
 
@@ -291,8 +273,8 @@ def _trained_digest(adapter: Adapter, trained_on: Release | None, origin: _Origi
     if isinstance(recorded, str):
         return recorded
     base, revision = adapter.config.base, adapter.config.revision
-    if base is None or (base == origin.id and revision is None):  # it does not say which state of the repository
-        return None
+    if base is None or (base == origin.name and revision in (origin.revision, None)):
+        return None  # it says nothing, or names what was opened
     try:
         source = resolve(base, revision=revision, local_files_only=True, files=METADATA_FILES)
         return open_metadata(source.folder).plan.digest
@@ -301,10 +283,10 @@ def _trained_digest(adapter: Adapter, trained_on: Release | None, origin: _Origi
         return None
 
 
-def _check_shapes(adapter: Adapter, origin: _Origin) -> None:
-    release = origin.release
-    sizes = release.plan.layers
-    architecture = release.architecture
+def _full_shapes(adapter: Adapter, origin: _Origin) -> dict[str, tuple[int, ...]]:
+    """Check that every pair has the pruned shape of its weight; return the full shapes (out_features, in_features)."""
+    architecture, sizes = origin.release.architecture, origin.release.plan.layers
+    shapes: dict[str, tuple[int, ...]] = {}
     for module, pair in adapter.pairs.items():
         found = architecture.weight_of(f"{module}.weight")
         if found is not None and found[1].is_projection:
@@ -314,34 +296,36 @@ def _check_shapes(adapter: Adapter, origin: _Origin) -> None:
             pruned = whole = (architecture.vocab_size, architecture.hidden_size)
         else:
             raise PlanMismatchError(
-                f"Module {module!r} of {adapter.source} is no linear layer of {release.manifest.base.id}, the base of the "
-                f"release {origin.id}. Give the release it was trained on."
+                f"Module {module!r} of {adapter.source} is no linear layer of {origin.release.manifest.base.id}, the "
+                f"base of the release {origin.id}. Give the release it was trained on."
             )
         if pair.shape != pruned:
-            _refuse_shape(adapter, module, pair.shape, pruned, whole, origin)
+            raise _shape_error(f"{module!r} in {adapter.source}", pair.shape, pruned, whole, origin)
+        shapes[module] = whole
+    return shapes
 
 
-def _refuse_shape(
-    adapter: Adapter, module: str, found: tuple[int, ...], pruned: tuple[int, ...], whole: tuple[int, ...], origin: _Origin
-) -> None:
-    base = origin.release.manifest.base.id
+def _shape_error(
+    module: str, found: tuple[int, ...], pruned: tuple[int, ...], whole: tuple[int, ...], origin: _Origin
+) -> LoramError:
     if found == whole:
-        raise UnsupportedAdapterError(
-            f"Module {module!r} of {adapter.source} has the full size {found} already, where the release {origin.id} is pruned "
-            f"to {pruned}. The adapter was recovered before, or trained on {base} itself: use it as it is."
+        return UnsupportedAdapterError(
+            f"Module {module} has its full size {found}, where the release {origin.id} is pruned to {pruned}. The "
+            f"adapter was recovered before, or trained on {origin.release.manifest.base.id} itself: use it as it is."
         )
     side, axis = ("lora_B", 0) if found[0] != pruned[0] else ("lora_A", 1)
-    raise PlanMismatchError(
-        f"{side} of {module!r} in {adapter.source} has {found[axis]:,} {'columns' if axis else 'rows'}, the release "
-        f"{origin.id} keeps {pruned[axis]:,} of {whole[axis]:,}. It was trained on another release: give that one with "
-        "release=..., or retrain on this one."
+    return PlanMismatchError(
+        f"{side} of {module} has {found[axis]:,} {'columns' if axis else 'rows'}, the release {origin.id} keeps "
+        f"{pruned[axis]:,} of {whole[axis]:,}. It was trained on another release: give that one, or retrain on this."
     )
 
 
-def _canonical(adapter: Adapter, release: Release, dtype: DtypeName) -> tuple[CanonicalAdapter, dict[str, float]]:
-    """Choose the one rank and alpha, and the factor that goes into each module's B.
+def _canonical(
+    adapter: Adapter, release: Release, shapes: Mapping[str, tuple[int, ...]], dtype: DtypeName
+) -> tuple[CanonicalAdapter, dict[str, float]]:
+    """Choose the one rank and alpha, and the number that multiplies each module's B.
 
-    If one alpha can express every module's scale exactly, B stays as it is. Otherwise alpha is r and each B takes its scale.
+    If one alpha expresses every module's scale exactly, B stays as it is. Otherwise alpha is r, and B takes the scale.
     """
     rank = max(pair.rank for pair in adapter.pairs.values())
     scales = {module: pair.scale for module, pair in adapter.pairs.items()}
@@ -353,21 +337,14 @@ def _canonical(adapter: Adapter, release: Release, dtype: DtypeName) -> tuple[Ca
     base = release.manifest.base
     if _MODEL_ID.fullmatch(base.id) is None:
         raise VerificationError(
-            f"The manifest of {release.folder} names its base {base.id!r}, which is neither a Hub id nor a folder's name."
+            f"The manifest of {release.folder} names its base {base.id!r}, which is neither a Hub id nor a name."
         )
-    architecture = release.architecture
-    shapes = {}
-    for module in adapter.pairs:
-        found = architecture.weight_of(f"{module}.weight")
-        whole = None if found is None else architecture.shape(found[1], architecture.whole_layer)
-        rows, columns = whole or (architecture.vocab_size, architecture.hidden_size)
-        shapes[module] = (rows, columns)
     canonical = CanonicalAdapter(
         base_id=base.id,
         revision=base.commit,
         r=rank,
         lora_alpha=alpha,
-        target_modules=shortest_targets(adapter.pairs.keys(), linear_modules(architecture)),
+        target_modules=shortest_targets(adapter.pairs.keys(), linear_modules(release.architecture)),
         dtype=dtype,
         shapes=shapes,
     )

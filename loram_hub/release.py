@@ -6,6 +6,7 @@ built; `open_metadata` does so where no weights are at hand; `verify` hashes eve
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,20 +19,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from loram_hub.architecture import LAYER_PREFIX, Architecture, Indices, Space, architecture_of
-from loram_hub.checkpoint import CONFIG, TensorInfo, read_config, read_headers, weight_files
+from loram_hub.checkpoint import CONFIG, TensorInfo, index_tensors, read_config, read_headers
 from loram_hub.errors import CheckpointError, PlanMismatchError, VerificationError
-from loram_hub.files import atomic_folder, dump_json, resource_errors, sha256_of
+from loram_hub.files import atomic_folder, dump_json, parse_json, resource_errors, sha256_of
 from loram_hub.manifest import MANIFEST, FileEntry, Manifest, file_entries, read_manifest, tool_versions
-from loram_hub.plan import NF4_BLOCK, Plan
+from loram_hub.plan import NF4_BLOCK, NF4_NESTED_BLOCK, Plan
 
 MASK_INDEX = "mask_index.safetensors"
 MODEL_TYPE_PREFIX = "loram_"
 """Releases carry a `model_type` of their own: with the base's, stock transformers opens an NF4 release without a word
 and builds modules of the wrong declared size."""
 
-_MASK_NAME = re.compile(rf"^{re.escape(LAYER_PREFIX)}\.(\d{{1,6}})\.(self_attn\.kv_heads|mlp\.channels)$")
+_MASK_NAME = re.compile(rf"{re.escape(LAYER_PREFIX)}\.(0|[1-9][0-9]{{0,5}})\.(self_attn\.kv_heads|mlp\.channels)")
 _SPACE_OF_MASK: Mapping[str, Space] = {"self_attn.kv_heads": "kv_heads", "mlp.channels": "channels"}
 _MAX_MASK_BYTES = 256 * 1024 * 1024
+_STATE = ".quant_state.bitsandbytes__nf4"
+_MAX_STATE_BYTES = 4096
+_STATE_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -74,6 +78,10 @@ def base_config_of(config: Mapping[str, Any]) -> dict[str, Any]:
     if "auto_map" in config:
         raise VerificationError(
             f"{CONFIG} has an auto_map, which would run code from the release. loram-hub never does."
+        )
+    if "transformers_weights" in config:
+        raise VerificationError(
+            f"{CONFIG} has transformers_weights, which would load another file than the one that was checked."
         )
     base = {key: value for key, value in config.items() if key != "loram"}
     base["model_type"] = model_type.removeprefix(MODEL_TYPE_PREFIX)
@@ -152,7 +160,7 @@ def read_mask_index(path: Path, architecture: Architecture) -> Plan:
         raise VerificationError(f"{path} is larger than {_MAX_MASK_BYTES:,} bytes.")
     kept: dict[int, dict[Space, Indices]] = {}
     for name, info in read_headers(path).items():
-        match = _MASK_NAME.match(name)
+        match = _MASK_NAME.fullmatch(name)
         if match is None:
             raise VerificationError(f"{path} holds {name!r}, which is no mask index.")
         if info.dtype != "I32":
@@ -242,8 +250,8 @@ def _check_files(folder: Path, files: Mapping[str, FileEntry], *, hash_weights: 
         raise VerificationError(f"{folder / MANIFEST} does not list {CONFIG} and {MASK_INDEX}.")
     for name, entry in files.items():
         path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise VerificationError(f"{folder / MANIFEST} lists {name!r}, which lies outside the release.")
+        if not _is_inside(name):
+            raise VerificationError(f"{folder / MANIFEST} lists {name!r}, which is no name of a file in the release.")
         if not path.is_file():
             raise CheckpointError(f"{folder} lacks {name}, which its manifest lists. Download or copy it again.")
         size = path.stat().st_size
@@ -256,26 +264,89 @@ def _check_files(folder: Path, files: Mapping[str, FileEntry], *, hash_weights: 
             raise VerificationError(f"{path} was changed: its SHA-256 is not the manifest's.")
 
 
+def _is_inside(name: str) -> bool:
+    """Whether a name from the manifest is a plain relative path that a file system can hold."""
+    parts = name.split("/")
+    return len(name) <= 1024 and all(
+        part not in ("", ".", "..") and "\0" not in part and len(part.encode("utf-8", "replace")) <= 255
+        for part in parts
+    )
+
+
 def _check_weights(release: Release) -> None:
-    found: dict[str, TensorInfo] = {}
-    for file in weight_files(release.folder):
-        found |= read_headers(file)
-    projections = {f".{weight.name}" for weight in release.architecture.projections}
-    for name, shape in release.plan.tensor_shapes().items():
+    found = index_tensors(release.folder)
+    shapes = release.plan.tensor_shapes()
+    matrices = {f".{weight.name}" for weight in release.architecture.projections} if release.is_quantized else set()
+    packed = {
+        name: shape
+        for name, shape in shapes.items()
+        if name.startswith(LAYER_PREFIX) and any(name.endswith(matrix) for matrix in matrices)
+    }
+    for name, shape in shapes.items():
         if name not in found:
             raise CheckpointError(f"{release.folder} has no tensor {name!r}.")
-        packed = release.is_quantized and name.startswith(LAYER_PREFIX) and any(name.endswith(p) for p in projections)
-        if packed:
-            _check_packed(name, shape, found)
-        elif found[name].shape != shape:
+        if name not in packed and found[name].shape != shape:
             raise PlanMismatchError(f"Tensor {name!r} has shape {found[name].shape}; the plan gives it {shape}.")
+    for name, shape in packed.items():
+        _check_packed(name, shape, found)
+    _check_packed_states(packed, found)
 
 
 def _check_packed(name: str, shape: tuple[int, ...], found: Mapping[str, TensorInfo]) -> None:
-    elements = shape[0] * shape[1]
-    absmax = found.get(f"{name}.absmax")
-    if found[name].nbytes != -(-elements // 2) or absmax is None or absmax.shape != (-(-elements // NF4_BLOCK),):
-        raise PlanMismatchError(
-            f"NF4 tensor {name!r} has {found[name].nbytes:,} bytes; the plan gives it {shape}, "
-            f"which packs to {-(-elements // 2):,} with {-(-elements // NF4_BLOCK):,} scales."
+    """Check the parts of an NF4 matrix: bitsandbytes trusts them, and reads past their end where they are too short."""
+    elements = math.prod(shape)
+    scales = -(-elements // NF4_BLOCK)
+    expected = {
+        name: ("U8", (-(-elements // 2), 1)),
+        f"{name}.absmax": ("U8", (scales,)),
+        f"{name}.quant_map": ("F32", (16,)),
+        f"{name}.nested_absmax": ("F32", (-(-scales // NF4_NESTED_BLOCK),)),
+        f"{name}.nested_quant_map": ("F32", (256,)),
+    }
+    for part, (dtype, part_shape) in expected.items():
+        info = found.get(part)
+        if info is None or (info.dtype, info.shape) != (dtype, part_shape):
+            has = "is missing" if info is None else f"is {info.dtype} {info.shape}"
+            raise PlanMismatchError(f"{part!r} {has}; NF4 of the planned {shape} has {dtype} {part_shape} there.")
+
+
+def _check_packed_states(packed: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorInfo]) -> None:
+    """Check what bitsandbytes takes its own shapes, types and block sizes from, one pass per file."""
+    by_file: dict[Path, list[str]] = {}
+    for name in packed:
+        state = f"{name}{_STATE}"
+        if (
+            state not in found
+            or found[state].dtype != "U8"
+            or not 0 < math.prod(found[state].shape) <= _MAX_STATE_BYTES
+        ):
+            raise VerificationError(f"{state!r} is missing, or not the small piece of JSON that it should be.")
+        by_file.setdefault(found[state].file, []).append(name)
+    for file, members in by_file.items():
+        with safe_open(file, framework="np") as shard:
+            for name in members:
+                text = shard.get_tensor(f"{name}{_STATE}").tobytes().decode("utf-8", "replace")
+                _check_state(parse_json(text, source=f"{file}: {name}{_STATE}"), packed[name], name)
+
+
+def _check_state(state: Mapping[str, Any], shape: tuple[int, ...], name: str) -> None:
+    fixed = {
+        "quant_type": "nf4",
+        "blocksize": NF4_BLOCK,
+        "nested_blocksize": NF4_NESTED_BLOCK,
+        "nested_dtype": "float32",
+        "shape": list(shape),
+    }
+    for key, value in fixed.items():
+        if state.get(key) != value:
+            raise PlanMismatchError(
+                f"The quantization state of {name!r} has {key} {state.get(key)!r}; {value!r} is needed."
+            )
+    if set(state) != {*fixed, "dtype", "nested_offset"} or not isinstance(state["nested_offset"], float):
+        raise VerificationError(
+            f"The quantization state of {name!r} has missing, unknown or ill-typed keys: {sorted(state)}."
+        )
+    if state["dtype"] not in _STATE_DTYPES:
+        raise VerificationError(
+            f"The quantization state of {name!r} has dtype {state['dtype']!r}; one of {_STATE_DTYPES} is needed."
         )

@@ -304,6 +304,8 @@ def test_errors_that_are_not_the_disks_pass_unchanged() -> None:
         ('{"a": NaN}', "NaN"),
         ('{"a": [Infinity]}', "Infinity"),
         ('{"a": -Infinity}', "-Infinity"),
+        ('{"a": 1e999}', "holds 1e999"),
+        ('{"a": [-1e999]}', "holds -1e999"),
         ("[1]", "must hold a JSON object, found list"),
         ("3", "found int"),
         ("", "not valid JSON"),

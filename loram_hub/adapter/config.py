@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 from loram_hub.errors import UnsupportedAdapterError, VerificationError
 
@@ -35,7 +36,7 @@ _REFUSED: Mapping[str, str] = {
     "megatron_config": "it describes tensors that are sharded over several processes",
     "fan_in_fan_out": "it is for layers that store their weight transposed, which no supported family has",
 }
-# `use_...` and `..._config` settings with which the update is still s BA. Any other that is set is a variant unknown here.
+# `use_...` and `..._config` settings with which the update is still s BA; any other is a variant unknown here.
 _HARMLESS = frozenset(
     {"use_rslora", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config", "runtime_config"}
 )
@@ -129,7 +130,8 @@ def _refuse_variants(values: Mapping[str, object], source: str) -> None:
             )
     if values.get("bias", "none") != "none":
         raise UnsupportedAdapterError(
-            f"bias is {values['bias']!r} in {source}: trained biases are no low-rank update. Train again with bias='none'."
+            f"bias is {values['bias']!r} in {source}: trained biases are no low-rank update. "
+            "Train again with bias='none'."
         )
     init = values.get("init_lora_weights", True)
     if not isinstance(init, bool) and init not in _KEEPS_BASE_WEIGHTS:
@@ -157,11 +159,12 @@ class _Fields:
         return {name: self._checked(value, f"{key}[{name!r}]", whole=whole) for name, value in found.items()}
 
     def names(self, key: str) -> tuple[str, ...]:
-        return tuple(item for item in self._list(key, "names") if isinstance(item, str) or self._refuse(key, "names"))
+        names = [item for item in self._list(key) if isinstance(item, str)]
+        return tuple(names) if len(names) == len(self._list(key)) else self._refuse(key, "names are")
 
     def layers(self, key: str) -> tuple[int, ...]:
-        items = self._list(key, "layer numbers")
-        return tuple(item for item in items if type(item) is int or self._refuse(key, "layer numbers"))
+        layers = [item for item in self._list(key) if isinstance(item, int) and not isinstance(item, bool)]
+        return tuple(layers) if len(layers) == len(self._list(key)) else self._refuse(key, "layer numbers are")
 
     def target(self, key: str) -> str | tuple[str, ...] | None:
         found = self.values.get(key)
@@ -169,24 +172,22 @@ class _Fields:
 
     def text(self, key: str) -> str | None:
         found = self.values.get(key)
-        if found is not None and not isinstance(found, str):
-            self._refuse(key, "text")
-        return str(found) if found else None
+        if found is None or isinstance(found, str):
+            return found or None
+        self._refuse(key, "text is")
 
-    def _list(self, key: str, needed: str) -> list[object]:
+    def _list(self, key: str) -> list[object]:
         found = self.values.get(key)
-        if isinstance(found, dict | float):
-            self._refuse(key, needed)
         return found if isinstance(found, list) else [] if found is None else [found]
 
-    def _refuse(self, key: str, needed: str) -> bool:
+    def _refuse(self, key: str, needed: str) -> NoReturn:
         raise VerificationError(f"{key} in {self.source} is {self.values.get(key)!r:.100}; {needed} needed.")
 
     def _checked(self, value: object, name: str, *, whole: bool) -> float:
         kinds = int if whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < _MAX_NUMBER:
             needed = "a positive whole number" if whole else "a positive number"
-            raise VerificationError(f"{name} in {self.source} is {value!r:.100}; {needed} needed.")
+            raise VerificationError(f"{name} in {self.source} is {value!r:.100}; {needed} is needed.")
         return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class LoraPair:
     @property
     def rank(self) -> int:
         """Rows of lora_A, columns of lora_B."""
-        return self.lora_A.shape[0]
+        return int(self.lora_A.shape[0])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,8 +78,8 @@ class Adapter:
         undeclared = sorted(module for module in self.pairs if not self.config.targets(module))
         if undeclared:
             raise UnsupportedAdapterError(
-                f"Module {undeclared[0]!r} has factors in {self.source}, but target_modules does not name it; PEFT would "
-                f"ignore them and vLLM would not. Correct {CONFIG}, or remove the factors."
+                f"Module {undeclared[0]!r} has factors in {self.source}, but target_modules does not name it; PEFT "
+                f"would ignore them and vLLM would not. Correct {CONFIG}, or remove the factors."
             )
 
 
@@ -119,33 +119,31 @@ def _require_files(folder: Path) -> None:
         raise CheckpointError(f"{folder} has an {CONFIG} but no {WEIGHTS}. Save or copy the adapter again.")
 
 
-def _read_factors(folder: Path) -> dict[str, Factor]:
+def _read_factors(folder: Path) -> Iterator[tuple[str, Factor]]:
     path = folder / WEIGHTS
     if path.stat().st_size > _MAX_WEIGHT_BYTES:
         raise VerificationError(f"{path} is larger than {_MAX_WEIGHT_BYTES:,} bytes; no adapter is.")
-    tensors: dict[str, Factor] = {}
     try:
         with safe_open(path, framework="np") as file:
             for name in factor_names(list(file.keys()), source=str(folder)):
                 code = file.get_slice(name).get_dtype()
                 if code not in CODES.values():
                     raise VerificationError(f"Tensor {name!r} of {path} has dtype {code}; F32, F16 or BF16 is needed.")
-                tensors[name] = file.get_tensor(name)
+                yield name, file.get_tensor(name)
     except LoramError:
         raise
     except (SafetensorError, OSError, ValueError) as err:
         raise VerificationError(f"{path} is not a sound safetensors file: {err}. Save or copy it again.") from err
-    return tensors
 
 
 def build_adapter(
-    config: AdapterConfig, tensors: Mapping[str, Factor], *, source: str, record: Mapping[str, object]
+    config: AdapterConfig, tensors: Iterable[tuple[str, Factor]], *, source: str, record: Mapping[str, object]
 ) -> Adapter:
     """Pair factors by module and check them against the config: for folders, and for adapters that live in memory.
 
     Args:
         config: from `parse_config`.
-        tensors: factors by full name, as `factor_names` lists them.
+        tensors: full names, as `factor_names` lists them, and factors; each is checked as it comes, still in the cache.
         source: names the adapter in errors.
         record: content of its `loram.json`; empty if it has none.
 
@@ -154,7 +152,7 @@ def build_adapter(
         VerificationError: a factor is not finite, or ranks disagree.
     """
     factors: dict[str, dict[str, Factor]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         _check_factor(name, tensor, source)
         found = FACTOR_NAME.fullmatch(name)
         assert found is not None  # factor_names lists no other
@@ -187,12 +185,12 @@ def _check_factor(name: str, tensor: Factor, source: str) -> None:
 
 
 def _rank_of(module: str, pair: Mapping[str, Factor], declared: set[float], source: str) -> int:
-    rows, columns = pair["A"].shape[0], pair["B"].shape[1]
+    rows, columns = int(pair["A"].shape[0]), int(pair["B"].shape[1])
     if rows != columns or rows not in declared:
         ranks = " or ".join(f"{value:g}" for value in sorted(declared))
         raise VerificationError(
-            f"Module {module!r} of {source} has lora_A with {rows} rows and lora_B with {columns} columns; {CONFIG} gives "
-            f"it rank {ranks}. The two files do not belong together."
+            f"Module {module!r} of {source} has lora_A with {rows} rows and lora_B with {columns} columns; {CONFIG} "
+            f"gives it rank {ranks}. The two files do not belong together."
         )
     return rows
 

@@ -32,7 +32,7 @@ class CanonicalAdapter:
     """Sorted."""
     dtype: DtypeName
     """Type of every factor."""
-    shapes: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, tuple[int, ...]]
     """Shape of each adapted weight, (out_features, in_features), by module path."""
 
     @property

@@ -1,0 +1,47 @@
+"""An adapter that is still in memory, on a `PeftModel`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from loram_hub.adapter.config import parse_config
+from loram_hub.adapter.reading import Adapter, build_adapter
+from loram_hub.adapter.tensors import DTYPES, Factor, factor_names
+from loram_hub.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+
+def read_model(model: PeftModel) -> Adapter:
+    """Take the active adapter of a model as `save_pretrained` would write it.
+
+    Raises:
+        UnsupportedAdapterError: several adapters are active, or this one has no full-size equivalent.
+        VerificationError: a factor holds NaN or infinity.
+    """
+    from peft import get_peft_model_state_dict
+
+    names = model.active_adapters
+    if len(names) != 1:
+        raise UnsupportedAdapterError(f"The model has the adapters {names} active; choose one with set_adapter.")
+    source = f"the adapter {names[0]!r}"
+    values = json.loads(json.dumps(model.peft_config[names[0]].to_dict(), default=sorted))  # PEFT holds names in sets
+    config = parse_config(values, source=source)
+    state = get_peft_model_state_dict(model, adapter_name=names[0], save_embedding_layers=False)
+    tensors = ((name, _to_numpy(state[name], name)) for name in factor_names(list(state), source=source))
+    return build_adapter(config, tensors, source=source, record={})
+
+
+def _to_numpy(tensor: torch.Tensor, name: str) -> Factor:
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:  # numpy has none of its own
+        return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"])
+    if tensor.dtype not in (torch.float16, torch.float32):
+        raise UnsupportedAdapterError(f"{name} is {tensor.dtype}; float32, float16 or bfloat16 is needed.")
+    found: Factor = tensor.numpy()
+    return found

@@ -1,0 +1,184 @@
+"""`loram.json`: a round trip, and every way in which an untrusted one can be wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loram_hub.errors import CheckpointError, IncompatibleError, VerificationError
+from loram_hub.manifest import (
+    FORMAT,
+    MANIFEST,
+    BaseModel,
+    FileEntry,
+    Manifest,
+    Pruning,
+    file_entries,
+    read_manifest,
+    tool_versions,
+)
+
+SOUND = Manifest(
+    base=BaseModel(id="org/base", commit="c" * 40, config_sha256="d" * 64, parameters=1234),
+    pruning=Pruning(
+        method="structured",
+        importance="taylor:param_first",
+        pruning_ratio=0.65,
+        keep_first=4,
+        keep_last=2,
+        round_to=None,
+        seed=0,
+        calibration={"samples": 10, "tokens": 128},
+        plan_sha256="e" * 64,
+    ),
+    parameters=567,
+    alignment={"steps": 200},
+    quantization={"type": "nf4"},
+    recipe={"argument": ["verbatim", 1, None]},
+    tools={"python": "3.11"},
+    files={"config.json": FileEntry(sha256="f" * 64, size=10)},
+)
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def write(folder: Path, manifest: Manifest | dict[str, Any]) -> Path:
+    text = manifest.to_json() if isinstance(manifest, Manifest) else json.dumps(manifest)
+    (folder / MANIFEST).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        SOUND,
+        replace(SOUND, alignment=None, quantization=None, recipe={}, tools={}, files={}),
+        replace(SOUND, base=replace(SOUND.base, commit=None)),
+        replace(SOUND, pruning=replace(SOUND.pruning, calibration=None, round_to=64, pruning_ratio=0)),
+    ],
+)
+def test_what_is_written_is_read_back(tmp_path: Path, manifest: Manifest) -> None:
+    assert read_manifest(write(tmp_path, manifest)) == manifest
+
+
+def test_the_text_is_one_for_all_machines() -> None:
+    text = SOUND.to_json()
+
+    assert text == SOUND.to_json()
+    assert list(json.loads(text)) == sorted(json.loads(text))
+    assert text.endswith("}\n")
+    assert json.loads(text)["format"] == FORMAT == 1
+
+
+def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"loram\.json is missing"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("version", [2, 3, 10**9])
+def test_a_newer_format_asks_for_an_upgrade_whatever_else_it_holds(tmp_path: Path, version: int) -> None:
+    write(tmp_path, {"format": version, "entirely": "new"})
+
+    with pytest.raises(IncompatibleError, match=f"format {version}; this loram-hub reads up to format 1. Upgrade"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("version", [None, 0, -1, "1", 1.0, True, [1]])
+def test_a_format_that_is_no_version_is_refused(tmp_path: Path, version: Any) -> None:
+    values = json.loads(SOUND.to_json()) | {"format": version}
+
+    with pytest.raises(VerificationError, match="a positive whole number is needed"):
+        read_manifest(write(tmp_path, values))
+
+
+SECTIONS = ["base", "pruning", "parameters", "alignment", "quantization", "recipe", "tools", "files"]
+
+
+@pytest.mark.parametrize("field", SECTIONS)
+def test_a_missing_section_is_refused(tmp_path: Path, field: str) -> None:
+    values = json.loads(SOUND.to_json())
+    del values[field]
+
+    with pytest.raises(VerificationError, match=f"Manifest has missing or unknown fields .'{field}'"):
+        read_manifest(write(tmp_path, values))
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        *((record, field) for record in ("base", "pruning") for field in json.loads(SOUND.to_json())[record]),
+        *(("config.json", field) for field in ("sha256", "size")),
+    ],
+)
+def test_a_missing_field_is_refused(tmp_path: Path, record: str, field: str) -> None:
+    values = json.loads(SOUND.to_json())
+    del (values if record in values else values["files"])[record][field]
+
+    with pytest.raises(VerificationError, match=f"has missing or unknown fields .'{field}'"):
+        read_manifest(write(tmp_path, values))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.update(surprise=1),
+        lambda values: values["base"].update(surprise=1),
+        lambda values: values["pruning"].update(surprise=1),
+        lambda values: values["files"]["config.json"].update(surprise=1),
+    ],
+)
+def test_an_unknown_field_is_refused(tmp_path: Path, change: Change) -> None:
+    values = json.loads(SOUND.to_json())
+    change(values)
+
+    with pytest.raises(VerificationError, match=r"unknown fields \['surprise'\]"):
+        read_manifest(write(tmp_path, values))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda values, s=section: values.update({s: 3.5}) for section in SECTIONS),
+        *(lambda values, s=section: values.update({s: True}) for section in SECTIONS),
+        *(lambda values, s=section: values.update({s: []}) for section in SECTIONS),
+        lambda values: values["base"].update(id=7),
+        lambda values: values["base"].update(parameters="many"),
+        lambda values: values["base"].update(parameters=1.5),
+        lambda values: values["base"].update(parameters=None),
+        lambda values: values["pruning"].update(seed=True),
+        lambda values: values["pruning"].update(pruning_ratio="0.65"),
+        lambda values: values["pruning"].update(calibration=[]),
+        lambda values: values["pruning"].update(keep_first=None),
+        lambda values: values["files"].update({"config.json": "f" * 64}),
+        lambda values: values["files"]["config.json"].update(size=10.0),
+        lambda values: values["files"]["config.json"].update(sha256=None),
+        lambda values: values["tools"].update(python=3),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(tmp_path: Path, change: Change) -> None:
+    values = json.loads(SOUND.to_json())
+    change(values)
+
+    with pytest.raises(VerificationError, match=r"loram\.json"):
+        read_manifest(write(tmp_path, values))
+
+
+def test_file_entries_cover_every_file_but_the_manifest_itself(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("abc", "sub/loram.json", MANIFEST):
+        (tmp_path / name).write_bytes(b"abc")
+
+    entry = FileEntry(sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", size=3)
+    assert file_entries(tmp_path) == {"abc": entry, "sub/loram.json": entry}
+
+
+def test_tool_versions_name_what_shaped_the_bytes() -> None:
+    versions = tool_versions()
+
+    assert {"python", "numpy", "safetensors", "torch", "transformers", "bitsandbytes"} <= set(versions)
+    assert all(version[0].isdigit() for version in versions.values())
