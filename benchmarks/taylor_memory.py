@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import GB, MB, measured, report, scratch_folder, serve_actions, stopwatch
+from measuring import measured, report, scratch_folder, serve_actions, stopwatch
 
 SAMPLES, TOKENS = 10, 64
 SIZES = {
@@ -66,8 +66,8 @@ def main() -> None:
         "taylor_memory",
         quick=options.quick,
         figures=figures,
-        target=f"streamed peak grows at most {FLAT - 1:.0%} from {depths[0]} to {depths[-1]} layers, is under a third of "
-        f"the full backward's at {depths[-1]}, and the scores agree to {AGREE}",
+        target=f"streamed peak grows at most {FLAT - 1:.0%} from {depths[0]} to {depths[-1]} layers, is under a third "
+        f"of the full backward's at {depths[-1]}, and the scores agree to {AGREE}",
         met=figures["growth"] <= FLAT and figures["share_of_full"] < SHARE and figures["scores_difference"] <= AGREE,
     )
 
@@ -119,7 +119,9 @@ def streamed_scores(folder: str, scores: str) -> dict[str, Any]:
             importance=parse_importance("taylor:param_first"),
             calibration=_calibration(architecture.vocab_size),
         )
-    np.savez(scores, **{f"{layer}.{space}": values for layer, spaces in found.items() for space, values in spaces.items()})
+    np.savez(
+        scores, **{f"{layer}.{space}": values for layer, spaces in found.items() for space, values in spaces.items()}
+    )
     return {"seconds": seconds()}
 
 

@@ -300,6 +300,22 @@ def evaluate(data: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     _print(table.to_dict(), as_json, lambda: _print_table(("model", "loss", "perplexity", "parameters"), rows))
 
 
+@main.command(epilog="Example: loram demo --model Qwen/Qwen3-0.6B --steps 100")
+@click.option("--model", help="Folder or Hub id of any supported model. Default: SmolLM2-135M-Instruct from its wheel.")
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Where everything goes. Default: ./loram-demo.")
+@click.option("--pruning-ratio", type=float, help="Share removed, in [0, 1).")
+@click.option("--steps", type=int, help="Optimizer steps of the fine-tuning.")
+@click.option("--device", help="Where models run, for example cuda. Default: cpu.")
+@_json
+def demo(model: str | None, work_dir: Path | None, device: str | None, as_json: bool, **chosen: Any) -> None:  # noqa: ANN401
+    """Run the whole loop on a small real model: prune, quantize, fine-tune, recover, evaluate."""
+    from loram_hub.demo import DemoSettings, run_demo
+
+    settings = DemoSettings(**{name: value for name, value in chosen.items() if value is not None})
+    report = run_demo(model, work_dir, settings=settings, device=device)
+    _print(report.to_dict(), as_json, lambda: click.echo(str(report)))
+
+
 def _print(result: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> None:
     if as_json:
         _print_json(result)

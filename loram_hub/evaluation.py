@@ -8,6 +8,7 @@ models are loaded one after another, never two at once.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -341,6 +342,7 @@ def _rows(
     batch_size: int,
 ) -> list[EvaluationRow]:
     """Measure a model without and with an adapter; nothing of it stays in memory afterwards."""
+    gc.collect()  # a model wrapped by PEFT refers to itself, so the last one may still be there
     model = load()
     rows = [_row(names[0], model, encoded, batch_size)]
     if adapter is not None:

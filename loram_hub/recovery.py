@@ -70,7 +70,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _KIND = "recovered adapter"
 # Hub ids and bare folder names: nothing that a consumer of the adapter could open as a path of its machine.
 _MODEL_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_SNAPSHOT = re.compile(r"models--(?P<org>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
+_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,7 +249,7 @@ def _origin(release: Release) -> _Origin:
     snapshot = _SNAPSHOT.search(folder.as_posix())
     if snapshot is None:
         return _Origin(release=release, id=folder.name, commit=None)
-    return _Origin(release=release, id=f"{snapshot['org']}/{snapshot['name']}", commit=snapshot["commit"])
+    return _Origin(release=release, id=snapshot["id"].replace("--", "/"), commit=snapshot["commit"])
 
 
 def _check_plan(adapter: Adapter, trained_on: Release | None, origin: _Origin) -> None:

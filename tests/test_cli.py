@@ -1,0 +1,221 @@
+"""The command as people and scripts meet it: a real process, its output, its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from builders import save_base, save_tokenizer, tiny_config
+
+from loram_hub.cli import main
+
+EXPECTED_OPTIONS = {
+    "plan": {"pruning-ratio", "keep-first", "keep-last", "round-to", "revision", "token", "json"},
+    "prune": {
+        "pruning-ratio", "keep-first", "keep-last", "round-to", "importance", "calibration", "seed", "quantize",
+        "device", "overwrite", "dry-run", "revision", "token", "json",
+    },
+    "quantize": {"device", "overwrite", "dry-run", "revision", "token", "json"},
+    "info": {"revision", "token", "json"},
+    "verify": {"revision", "token", "json"},
+    "recover": {"release", "dtype", "overwrite", "dry-run", "revision", "token", "json"},
+    "merge": {"overwrite", "dry-run", "revision", "token", "json"},
+    "eval": {"base", "release", "adapter", "recovered", "max-tokens", "batch-size", "limit", "device", "json"},
+    "demo": {"model", "work-dir", "pruning-ratio", "steps", "device", "json"},
+}  # fmt: skip
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+STRUCTURE = ("--pruning-ratio", "0.6", "--keep-first", "1", "--keep-last", "1")
+
+
+def loram(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "loram_hub", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+
+
+def output(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "base"
+    return save_tokenizer(save_base(folder, tiny_config(layers=3), dtype="bfloat16"))
+
+
+def test_options_do_not_grow_unnoticed() -> None:
+    found = {
+        name: {option.lstrip("-") for p in command.params if isinstance(p, click.Option) for option in p.opts}
+        for name, command in main.commands.items()
+    }
+
+    assert found == EXPECTED_OPTIONS
+
+
+@pytest.mark.parametrize("command", EXPECTED_OPTIONS)
+def test_every_command_helps_with_an_example(command: str) -> None:
+    text = main.commands[command].get_help(click.Context(main.commands[command], info_name=command))
+
+    assert f"Example: loram {command}" in text
+
+
+def test_plan_prints_the_papers_counts_from_a_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+
+    found = output(loram("plan", tmp_path, "--pruning-ratio", "0.85", "--json"))
+
+    assert found["original_parameters"] == 70_553_706_496
+    assert found["pruned_parameters"] == 17_849_982_976
+    assert found["reduction"] == pytest.approx(3.9526, abs=1e-4)
+    assert found["paper_reduction"] == pytest.approx(15.81, abs=5e-3)
+    assert found["bf16_bytes"] == 2 * 17_849_982_976
+    assert found["paper_nf4_gib"] == pytest.approx(8.31, abs=5e-3)
+    assert found["nf4_bytes"] / 2**30 == pytest.approx(11.48, abs=5e-3)
+    assert found["kept"][3] == {"layer": 3, "kv_heads": 8, "channels": 28672}
+    assert found["kept"][4] == {"layer": 4, "kv_heads": 2, "channels": 4300}
+    assert len(found["kept"]) == 80
+
+
+def test_plan_takes_a_config_file_too_and_speaks_to_people(tmp_path: Path) -> None:
+    (tmp_path / "some.json").write_text(json.dumps(LLAMA_70B))
+
+    run = loram("plan", tmp_path / "some.json")
+
+    assert run.returncode == 0
+    assert "17,849,982,976" in run.stdout
+    assert "layers 4-77: 2 KV heads, 4,300 MLP channels" in run.stdout
+    assert "Next: loram prune" in run.stderr
+
+
+def test_prune_quantize_info_verify_recover_and_merge_go_hand_in_hand(base: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from loram_hub import AutoLoramModel
+
+    dry = output(loram("prune", base, tmp_path / "pruned", "--importance", "random", *STRUCTURE, "--dry-run", "--json"))
+    assert not (tmp_path / "pruned").exists()
+    pruned = output(loram("prune", base, tmp_path / "pruned", "--importance", "random", *STRUCTURE, "--json"))
+    assert pruned["pruned_parameters"] == dry["pruned_parameters"]
+
+    planned = output(loram("quantize", tmp_path / "pruned", tmp_path / "nf4", "--dry-run", "--json"))
+    quantized = output(loram("quantize", tmp_path / "pruned", tmp_path / "nf4", "--json"))
+    assert quantized["nf4_bytes"] == planned["nf4_bytes"]
+    assert output(loram("info", tmp_path / "nf4", "--json"))["quantization"]["type"] == "nf4"
+    assert output(loram("verify", tmp_path / "nf4", "--json"))["intact"] is True
+
+    torch.manual_seed(0)
+    tuned = get_peft_model(
+        AutoLoramModel.from_pretrained(tmp_path / "nf4", dtype=torch.float32),
+        LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    tuned.save_pretrained(str(tmp_path / "trained"))
+    recovered = output(loram("recover", tmp_path / "trained", tmp_path / "recovered", "--json"))
+    assert recovered["base_id"] == "base"
+    assert len(recovered["modules"]) == 21
+
+    merged = output(loram("merge", base, tmp_path / "recovered", tmp_path / "merged", "--json"))
+    assert merged["merged"] == 21
+
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"prompt": "w5 w6", "completion": " w7"}) + "\n")
+    table = output(
+        loram(
+            "eval", tmp_path / "held_out.jsonl", "--base", base, "--release", tmp_path / "nf4",
+            "--adapter", tmp_path / "trained", "--recovered", tmp_path / "recovered", "--json",
+        )
+    )  # fmt: skip
+    assert [row["model"] for row in table["rows"]] == ["base", "pruned", "pruned + adapter", "base + recovered adapter"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "match"),
+    [
+        (["plan", "{base}", "--pruning-ratio", "1"], 2, "pruning_ratio"),
+        (["plan", "{base}", "--no-such-option"], 2, "No such option"),
+        (["prune", "{base}", "{out}", "--importance", "nonsense"], 2, "Importance"),
+        (["prune", "{base}", "{out}", "--keep-first", "1", "--keep-last", "1"], 2, "calibration"),
+        (["prune", "{empty}", "{out}"], 3, "no config.json"),
+        (["info", "{base}"], 3, "no LoRAM release"),
+        (["verify", "{altered}"], 3, "config.json"),
+        (["plan", "{foreign}"], 4, "mixtral"),
+        (["plan", "org/some-model"], 5, "org/some-model"),
+    ],
+)
+def test_errors_are_one_message_and_the_right_exit_code(
+    base: Path, tmp_path: Path, arguments: list[str], code: int, match: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps({**LLAMA_70B, "model_type": "mixtral"}))
+    if "{altered}" in arguments:
+        assert loram("prune", base, tmp_path / "altered", "--importance", "random", *STRUCTURE).returncode == 0
+        (tmp_path / "altered" / "config.json").write_text("{}")
+    names = {"base": base, **{name: tmp_path / name for name in ("empty", "foreign", "altered", "out")}}
+
+    run = loram(*(argument.format(**names) for argument in arguments))
+
+    assert run.returncode == code, run.stderr
+    assert match in run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_are_json_when_asked_for_json(tmp_path: Path) -> None:
+    run = loram("info", tmp_path, "--json")
+
+    error = json.loads(run.stdout)["error"]
+    assert run.returncode == error["code"] == 3
+    assert error["kind"] == "CheckpointError"
+    assert "config.json" in error["message"]
+
+
+def test_the_light_commands_do_not_import_torch(base: Path, tmp_path: Path) -> None:
+    run = loram("prune", base, tmp_path / "r", "--importance", "random", *STRUCTURE)
+    assert run.returncode == 0, run.stderr
+    code = (
+        "import sys\nfrom loram_hub.cli import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'heavy imports'\n"
+    )
+    for arguments in (
+        ["plan", str(base), "--keep-first", "1", "--keep-last", "1"],
+        ["info", str(tmp_path / "r")],
+        ["verify", str(tmp_path / "r")],
+    ):
+        found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stderr
+
+
+def test_the_console_script_is_the_same_command() -> None:
+    script = shutil.which("loram", path=str(Path(sys.executable).parent))
+    if script is None:
+        pytest.skip("loram-hub is not installed in this environment")
+
+    run = subprocess.run([script, "--version"], capture_output=True, text=True, check=False)
+
+    assert run.returncode == 0
+    assert "loram" in run.stdout
