@@ -95,30 +95,24 @@ def _ratio(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
 def make_inputs(folder: str, sizes: dict[str, int]) -> dict[str, Any]:
     """Write the release's metadata and the pruned adapter."""
     from safetensors.numpy import save_file
-    from synthetic import llama_config
+    from synthetic import llama_config, manifest_of, random_plan
 
-    from loram_hub.architecture import architecture_of, layer_tensor
+    from loram_hub.architecture import layer_tensor
     from loram_hub.files import dump_json
-    from loram_hub.plan import PruningSettings, parameter_counts, plan_from_scores, pruned_layers
+    from loram_hub.release import release_config, write_release
 
     config = llama_config(**sizes)
-    architecture, settings = architecture_of(config), PruningSettings(pruning_ratio=RATIO)
-    rng = np.random.default_rng(0)
-    scores = {
-        layer: {
-            "kv_heads": rng.random(sizes["num_key_value_heads"]),
-            "channels": rng.random(sizes["intermediate_size"]),
-        }
-        for layer in pruned_layers(architecture, settings)
-    }
-    plan = plan_from_scores(architecture, settings, scores)
-    parameters = parameter_counts(architecture, plan.layers)
-    _write_metadata(Path(folder) / "release", config, plan, parameters)
+    plan = random_plan(config, RATIO)
+    with write_release(
+        Path(folder) / "release", manifest=manifest_of(plan, RATIO), plan=plan, config=release_config(config)
+    ):
+        pass
 
+    rng = np.random.default_rng(0)
     tensors = {}
     for layer, layer_sizes in enumerate(plan.layers):
-        for weight in architecture.projections:
-            rows, columns = architecture.shape(weight, layer_sizes)
+        for weight in plan.architecture.projections:
+            rows, columns = plan.architecture.shape(weight, layer_sizes)
             module = f"base_model.model.{layer_tensor(layer, weight.module)}"
             tensors[f"{module}.lora_A.weight"] = rng.standard_normal((RANK, columns), dtype=np.float32)
             tensors[f"{module}.lora_B.weight"] = rng.standard_normal((rows, RANK), dtype=np.float32)
@@ -129,27 +123,6 @@ def make_inputs(folder: str, sizes: dict[str, int]) -> dict[str, Any]:
     (adapter / "adapter_config.json").write_text(dump_json(values), encoding="utf-8")
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     return {"modules": len(tensors) // 2, "adapter_bytes": (adapter / "adapter_model.safetensors").stat().st_size}
-
-
-def _write_metadata(folder: Path, config: dict[str, Any], plan: Any, parameters: Any) -> None:  # noqa: ANN401
-    from loram_hub.manifest import BaseModel, Manifest, Pruning
-    from loram_hub.release import release_config, write_release
-
-    base = BaseModel(id="org/base", commit="0" * 40, config_sha256="0" * 64, parameters=parameters.original_parameters)
-    pruning = Pruning(
-        method="structured",
-        importance="random",
-        pruning_ratio=RATIO,
-        keep_first=4,
-        keep_last=2,
-        round_to=None,
-        seed=0,
-        calibration=None,
-        plan_sha256=plan.digest,
-    )
-    manifest = Manifest(base=base, pruning=pruning, parameters=parameters.pruned_parameters)
-    with write_release(folder, manifest=manifest, plan=plan, config=release_config(config)):
-        pass
 
 
 def time_all(folder: str, rounds: int) -> dict[str, Any]:

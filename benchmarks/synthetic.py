@@ -1,15 +1,18 @@
-"""Random checkpoints of a given shape, written tensor by tensor."""
+"""Random checkpoints, plans and manifests of a given shape; weights are written tensor by tensor."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from loram_hub.architecture import architecture_of
 from loram_hub.checkpoint import CONFIG, ShardWriter
 from loram_hub.files import dump_json
+from loram_hub.manifest import BaseModel, Manifest, Pruning
+from loram_hub.plan import Plan, PruningSettings, parameter_counts, plan_from_scores, pruned_layers
 
 
 def llama_config(**sizes: int) -> dict[str, Any]:
@@ -27,15 +30,51 @@ def llama_config(**sizes: int) -> dict[str, Any]:
     }
 
 
+def random_plan(config: dict[str, Any], pruning_ratio: float, *, seed: int = 0) -> Plan:
+    """Keep random groups; the first 4 and last 2 layers stay whole."""
+    architecture, settings = architecture_of(config), PruningSettings(pruning_ratio=pruning_ratio)
+    rng = np.random.default_rng(seed)
+    scores = {
+        layer: {
+            "kv_heads": rng.random(architecture.num_key_value_heads, dtype=np.float32),
+            "channels": rng.random(architecture.intermediate_size, dtype=np.float32),
+        }
+        for layer in pruned_layers(architecture, settings)
+    }
+    return plan_from_scores(architecture, settings, scores)
+
+
+def manifest_of(plan: Plan, pruning_ratio: float) -> Manifest:
+    """Manifest of an unquantized release with the given plan and an invented base."""
+    counts = parameter_counts(plan.architecture, plan.layers)
+    base = BaseModel(id="org/base", commit="0" * 40, config_sha256="0" * 64, parameters=counts.original_parameters)
+    pruning = Pruning(
+        method="structured",
+        importance="random",
+        pruning_ratio=pruning_ratio,
+        keep_first=4,
+        keep_last=2,
+        round_to=None,
+        seed=0,
+        calibration=None,
+        plan_sha256=plan.digest,
+    )
+    return Manifest(base=base, pruning=pruning, parameters=counts.pruned_parameters)
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """N(0, 0.02^2) for a matrix, ones for a norm."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+
+
 def write_checkpoint(folder: Path, config: dict[str, Any], *, dtype: torch.dtype, seed: int = 0) -> None:
-    """Write a sharded checkpoint: matrices N(0, 0.02^2), norms 1; a layer's tensors lie together, as in real ones."""
+    """Write an unquantized, sharded checkpoint; a layer's tensors lie together, as in real ones."""
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text(dump_json({**config, "dtype": str(dtype).removeprefix("torch.")}), encoding="utf-8")
     generator = torch.Generator().manual_seed(seed)
     writer = ShardWriter(folder)
     for name, shape in architecture_of(config).tensor_shapes().items():
-        if len(shape) == 1:
-            writer.add(name, torch.ones(shape, dtype=dtype))
-        else:
-            writer.add(name, torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator))
+        writer.add(name, random_tensor(shape, dtype, generator))
     writer.finish()

@@ -264,8 +264,8 @@ class _LayerConfig:
 def _cast_unquantized_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Bring embeddings, lm_head and norms to the compute type.
 
-    transformers (5.23) leaves them as they are stored when the checkpoint is prequantized, whatever `dtype` asks for; on
-    a CPU without bf16 instructions the lm_head alone would then take most of a step.
+    transformers (5.23) leaves them as they are stored when the checkpoint is prequantized, whatever `dtype` asks for;
+    on a CPU without bf16 instructions the lm_head alone would then take most of a step.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):

@@ -32,48 +32,56 @@ def _listing(repo_id: str, folder: Path, *, tree: bool) -> bytes:
     return json.dumps({"id": repo_id, "sha": COMMIT, "siblings": siblings}).encode()
 
 
+class _Hub(ThreadingHTTPServer):
+    def __init__(self, repositories: dict[str, Path]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repositories = repositories
+        self.requested: list[str] = []
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.server.requested.append(f"{self.command} {self.path}")
+        repositories = self.server.repositories
+        found = next((r for r in repositories if f"/{r}/" in f"{self.path}/".replace("?", "/")), None)
+        if found is None:
+            self.answer(b"not found", 404, **{"X-Error-Code": "RepoNotFound"})
+        elif self.path.startswith("/api/"):
+            self.answer(_listing(found, repositories[found], tree="/tree/" in self.path))
+        else:
+            self.answer_with_file(repositories[found] / self.path.rpartition("/")[2])
+
+    def answer_with_file(self, file: Path) -> None:
+        if not file.is_file():
+            return self.answer(b"not found", 404, **{"X-Error-Code": "EntryNotFound"})
+        data = file.read_bytes()
+        return self.answer(data, ETag=f'"{hashlib.sha256(data).hexdigest()}"')
+
+    def answer(self, data: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), "X-Repo-Commit": COMMIT, **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @contextmanager
 def hub(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
     """Serve folders as repositories with one commit; yields the endpoint and the requested paths."""
-    requested: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
-        def do_GET(self) -> None:
-            requested.append(f"{self.command} {self.path}")
-            found = next((r for r in repositories if f"/{r}/" in f"{self.path}/".replace("?", "/")), None)
-            if found is None:
-                self.answer(b"not found", 404, **{"X-Error-Code": "RepoNotFound"})
-            elif self.path.startswith("/api/"):
-                self.answer(_listing(found, repositories[found], tree="/tree/" in self.path))
-            else:
-                self.answer_with_file(repositories[found] / self.path.rpartition("/")[2])
-
-        def answer_with_file(self, file: Path) -> None:
-            if not file.is_file():
-                return self.answer(b"not found", 404, **{"X-Error-Code": "EntryNotFound"})
-            data = file.read_bytes()
-            return self.answer(data, ETag=f'"{hashlib.sha256(data).hexdigest()}"')
-
-        def answer(self, data: bytes, status: int = 200, **headers: str) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(data)), "X-Repo-Commit": COMMIT, **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Hub(repositories)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", requested
+        yield f"http://127.0.0.1:{server.server_port}", server.requested
     finally:
         server.shutdown()
         server.server_close()
