@@ -36,7 +36,8 @@ CHECKPOINT_FILES = (
 METADATA_FILES = ("*.json", "mask_index.safetensors")
 """What recovery needs of a release: manifest, mask indexes, config."""
 
-_COMMIT_IN_CACHE = re.compile(r"[0-9a-f]{40}")
+# How huggingface_hub lays its cache out. Hub names may hold single hyphens, never two in a row.
+_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +77,7 @@ def resolve(
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return Source(folder=folder, id=folder.resolve().name, commit=None)
+        return source_of(folder)
     with _access_errors(str(name)):
         snapshot = snapshot_download(
             str(name),
@@ -86,7 +87,16 @@ def resolve(
             local_files_only=local_files_only,
             allow_patterns=list(files),
         )
-    return Source(folder=Path(snapshot), id=str(name), commit=_commit_of(Path(snapshot)))
+    return source_of(Path(snapshot))
+
+
+def source_of(folder: Path) -> Source:
+    """Name a folder: by Hub id and commit if it is a snapshot in a Hub cache, else by its own name."""
+    absolute = Path(os.path.abspath(folder))
+    snapshot = _SNAPSHOT.search(absolute.as_posix())
+    if snapshot is None:
+        return Source(folder=folder, id=absolute.name, commit=None)
+    return Source(folder=folder, id=snapshot["id"].replace("--", "/"), commit=snapshot["commit"])
 
 
 def resolve_config(
@@ -134,7 +144,3 @@ def _access_errors(name: str) -> Iterator[None]:
         raise AccessError(f"{name} is no local folder, and the Hub answered {status} for it. {hint}") from err
     except OSError as err:
         raise AccessError(f"{name} is no local folder, and the Hub could not be reached: {err}") from err
-
-
-def _commit_of(snapshot: Path) -> str | None:
-    return snapshot.name if _COMMIT_IN_CACHE.fullmatch(snapshot.name) else None

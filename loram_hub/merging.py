@@ -27,8 +27,8 @@ from loram_hub.release import MODEL_TYPE_PREFIX
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_ELEMENTS = 16 * 2**20
-"""Weights computed at a time: 64 MiB in fp32, little beside a stored tensor of a large model."""
+_BLOCK_ELEMENTS = 4 * 2**20
+"""Weights computed at a time: 16 MiB in fp32, little beside a stored tensor of a large model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,14 +177,13 @@ def _write_weights(
         if step.pair is not None:
             weight = _added(weight, step.pair, target, device, name=step.name)
         elif target != weight.dtype:
-            weight = _rounded(weight, target, name=step.name)
+            weight = weight.to(target)
+            _check_finite(weight, step.name)
         writer.add(step.name, weight)
     writer.finish()
 
 
-def _added(
-    weight: torch.Tensor, pair: LoraPair, dtype: torch.dtype, device: str | None, *, name: str
-) -> torch.Tensor:
+def _added(weight: torch.Tensor, pair: LoraPair, dtype: torch.dtype, device: str | None, *, name: str) -> torch.Tensor:
     """Return weight + scale * B @ A, (out_features, in_features), on the CPU in `dtype`; may overwrite `weight`."""
     lora_a = torch.from_numpy(pair.lora_A.astype(np.float32)).to(device)
     lora_b = torch.from_numpy(pair.lora_B.astype(np.float32)).to(device)
@@ -192,16 +191,15 @@ def _added(
     rows = max(1, _BLOCK_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         block = slice(start, start + rows)
-        delta = (lora_b[block] @ lora_a) * pair.scale
-        merged[block] = _rounded(weight[block].to(delta.device, torch.float32) + delta, dtype, name=name).cpu()
+        update = (lora_b[block] @ lora_a).mul_(pair.scale)
+        merged[block] = update.add_(weight[block].to(update.device))  # added in fp32, rounded by the assignment
+        _check_finite(merged[block], name)
     return merged
 
 
-def _rounded(weight: torch.Tensor, dtype: torch.dtype, *, name: str) -> torch.Tensor:
-    rounded = weight.to(dtype)
-    if not bool(torch.isfinite(rounded).all()):
-        raise VerificationError(f"{name!r} does not fit into {dtype}: a number overflows. Ask for dtype='float32'.")
-    return rounded
+def _check_finite(weight: torch.Tensor, name: str) -> None:
+    if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():  # ten times faster than on each
+        raise VerificationError(f"{name!r} overflows {weight.dtype}. Ask for dtype='float32'.")
 
 
 def _nbytes(info: TensorInfo, dtype: DtypeName | None) -> int:

@@ -55,7 +55,7 @@ from loram_hub.errors import (
     VerificationError,
 )
 from loram_hub.files import atomic_folder, dump_json, refuse_existing
-from loram_hub.hub import METADATA_FILES, resolve
+from loram_hub.hub import METADATA_FILES, resolve, source_of
 from loram_hub.release import Release, open_metadata
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _KIND = "recovered adapter"
 # Hub ids and bare folder names: nothing that a consumer of the adapter could open as a path of its machine.
 _MODEL_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,17 +238,12 @@ def _find_origin(
 
 
 def _open_origin(name: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> _Origin:
-    source = resolve(name, revision=revision, token=token, files=METADATA_FILES)
-    return replace(_origin(open_metadata(source.folder)), name=str(name), revision=revision)
+    return _origin(open_metadata(resolve(name, revision=revision, token=token, files=METADATA_FILES).folder))
 
 
 def _origin(release: Release) -> _Origin:
-    """Name an opened release: by id and commit if it lies in the Hub cache, else by its folder's name."""
-    folder = Path(os.path.abspath(release.folder))
-    snapshot = _SNAPSHOT.search(folder.as_posix())
-    if snapshot is None:
-        return _Origin(release=release, id=folder.name, commit=None)
-    return _Origin(release=release, id=snapshot["id"].replace("--", "/"), commit=snapshot["commit"])
+    source = source_of(release.folder)
+    return _Origin(release=release, id=source.id, commit=source.commit)
 
 
 def _check_plan(adapter: Adapter, trained_on: Release | None, origin: _Origin) -> None:

@@ -158,21 +158,19 @@ def read_mask_index(path: Path, architecture: Architecture) -> Plan:
         raise CheckpointError(f"{path.parent} has no {path.name}; it is no release.")
     if path.stat().st_size > _MAX_MASK_BYTES:
         raise VerificationError(f"{path} is larger than {_MAX_MASK_BYTES:,} bytes.")
-    kept: dict[int, dict[Space, Indices]] = {}
+    masks: dict[str, tuple[int, Space]] = {}
     for name, info in read_headers(path).items():
         match = _MASK_NAME.fullmatch(name)
         if match is None:
             raise VerificationError(f"{path} holds {name!r}, which is no mask index.")
         if info.dtype != "I32":
             raise PlanMismatchError(f"Mask index {name} has dtype {info.dtype}; I32 is needed.")
-        kept.setdefault(int(match[1]), {})
+        masks[name] = (int(match[1]), _SPACE_OF_MASK[match[2]])
+    kept: dict[int, dict[Space, Indices]] = {}
     try:
         with safe_open(path, framework="np") as file:
-            for layer, spaces in kept.items():
-                for mask, space in _SPACE_OF_MASK.items():
-                    name = f"{LAYER_PREFIX}.{layer}.{mask}"
-                    if name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                        spaces[space] = file.get_tensor(name)
+            for name, (layer, space) in masks.items():
+                kept.setdefault(layer, {})[space] = file.get_tensor(name)
     except SafetensorError as err:
         raise VerificationError(f"{path} cannot be read: {err}") from err
     return Plan(architecture, kept)

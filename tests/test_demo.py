@@ -164,7 +164,6 @@ def test_the_command_runs_the_whole_loop_on_a_small_model(tmp_path: Path) -> Non
         text=True,
         check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
     )
 
     assert finished.returncode == 0, finished.stderr

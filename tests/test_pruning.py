@@ -1,4 +1,4 @@
-"""From a base model to a release: what is kept, bit for bit; what it computes; what is refused, and what is then left."""
+"""From a base model to a release: what is kept, bit for bit; what it computes; what is refused, leaving no trace."""
 
 from __future__ import annotations
 

@@ -610,9 +610,7 @@ def small_release(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("targets", [list(SEVEN), [*SEVEN[:5], "lm_head"], "all-linear"])
-def test_a_live_model_and_its_saved_adapter_recover_to_the_same_bytes(
-    tmp_path: Path, targets: list[str] | str
-) -> None:
+def test_a_live_model_and_its_saved_adapter_recover_to_the_same_bytes(tmp_path: Path, targets: list[str] | str) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 

@@ -21,7 +21,7 @@ class DemoSettings:
     """Rows of text for Taylor importance."""
     calibration_tokens: int = 128
     """Tokens per row."""
-    steps: int = 60
+    steps: int = 40
     """Optimizer steps."""
     batch_size: int = 16
     """Tasks per step."""
