@@ -51,10 +51,10 @@ def fine_tune(
     model = AutoLoramModel.from_pretrained(release.folder, device_map={"": device}, dtype=dtype)
     targets = sorted({weight.module.rpartition(".")[2] for weight in release.architecture.projections})
     set_seed(settings.seed)
-    adapted = get_peft_model(
-        model, LoraConfig(r=8, lora_alpha=16, lora_dropout=DROPOUT, target_modules=targets, task_type="CAUSAL_LM")
-    )
     with tempfile.TemporaryDirectory() as scratch, _quiet_libraries():
+        adapted = get_peft_model(
+            model, LoraConfig(r=8, lora_alpha=16, lora_dropout=DROPOUT, target_modules=targets, task_type="CAUSAL_LM")
+        )
         trainer = SFTTrainer(
             model=adapted,
             args=_arguments(Path(scratch), settings, device=device, dtype=dtype),
@@ -98,7 +98,7 @@ def _quiet_libraries() -> Iterator[None]:
     disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            # transformers 5.23 renames gradient_checkpointing; TRL 1.16 itself still uses the old name.
+            # transformers 5.23 renames gradient_checkpointing; PEFT 0.21 and TRL 1.16 still use the old name.
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
