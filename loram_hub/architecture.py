@@ -45,6 +45,7 @@ _LARGEST: Mapping[str, int] = {
     "head_dim": 8_192,
     "vocab_size": 2_097_152,
 }
+_LAYER_TENSOR = re.compile(rf"{re.escape(LAYER_PREFIX)}\.(\d{{1,6}})\.(.+)$")
 # Buffers that older exports of these families still carry; they hold no parameters.
 _IGNORED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")
 
@@ -198,18 +199,13 @@ class Architecture:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool
-    flags: frozenset[str]
-    """Config flags that are true, of those some weight depends on."""
+    layer_weights: tuple[Weight, ...]
+    """The tensors that one decoder layer of this model has: the family's, less those its config leaves out."""
 
     @property
     def whole_layer(self) -> LayerSizes:
         """Sizes of an unpruned layer."""
         return LayerSizes(kv_heads=self.num_key_value_heads, channels=self.intermediate_size)
-
-    @property
-    def layer_weights(self) -> tuple[Weight, ...]:
-        """The tensors that one decoder layer of this model has."""
-        return tuple(w for w in self.family.weights if w.only_if is None or w.only_if in self.flags)
 
     @property
     def projections(self) -> tuple[Weight, ...]:
@@ -250,10 +246,10 @@ class Architecture:
         offset, parts = 0, []
         for unit in axis:
             rows = self.group_rows[unit]
-            groups = kept[SPACE_OF_UNIT[unit]].astype(np.int64)
-            parts.append(offset + (groups[:, None] * rows + np.arange(rows)).reshape(-1))
+            firsts = kept[SPACE_OF_UNIT[unit]].astype(np.int64) * rows + offset
+            parts.append(firsts if rows == 1 else (firsts[:, None] + np.arange(rows)).reshape(-1))
             offset += self.unit_width(unit, self.whole_layer)
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def tensor_shapes(self, layers: Iterable[LayerSizes] | None = None) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the model.
@@ -282,7 +278,7 @@ class Architecture:
         Raises:
             PlanMismatchError: the name lies in a decoder layer but the family has no such tensor.
         """
-        found = re.match(rf"{re.escape(LAYER_PREFIX)}\.(\d{{1,6}})\.(.+)$", tensor)
+        found = _LAYER_TENSOR.match(tensor)
         if found is None:
             return None
         layer, inner = int(found[1]), found[2]
@@ -359,7 +355,6 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     head_dim = _size(config, "head_dim", default=family.default_head_dim or hidden // heads)
     if heads % kv_heads:
         raise InvalidRequestError(f"The config has {heads} attention heads, which {kv_heads} KV heads do not divide.")
-    flags = {w.only_if for w in family.weights if w.only_if is not None and config.get(w.only_if)}
     return Architecture(
         family=family,
         hidden_size=hidden,
@@ -370,7 +365,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         head_dim=head_dim,
         vocab_size=_size(config, "vocab_size"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", family.ties_embeddings)),
-        flags=frozenset(flag for flag in flags if flag is not None),
+        layer_weights=tuple(w for w in family.weights if w.only_if is None or config.get(w.only_if)),
     )
 
 

@@ -176,11 +176,10 @@ def test_kept_positions_equal_those_of_plain_loops(architecture: Architecture, d
             assert len(positions) == length
 
 
-def test_head_counts_and_flags_are_read_once_from_the_config() -> None:
+def test_head_counts_and_biases_are_read_from_the_config() -> None:
     architecture = architecture_of(CONFIGS["llama with biases"])
 
     assert architecture.group_rows == {"query": 12, "key_value": 6, "channel": 1}
-    assert architecture.flags == {"attention_bias", "mlp_bias"}
     assert sum(math.prod(s) for n, s in architecture.tensor_shapes().items() if n.endswith("bias")) == 3 * (
         24 + 12 + 12 + 24 + 37 + 37 + 24
     )

@@ -25,7 +25,7 @@ from loram_hub.architecture import EMBEDDING, LAYER_PREFIX, LM_HEAD, Architectur
 from loram_hub.checkpoint import Checkpoint
 from loram_hub.files import resource_errors
 from loram_hub.importance.groups import GroupScores, Scores
-from loram_hub.importance.stand_ins import HiddenStates, Recorder, TensorFile, first_output
+from loram_hub.importance.stand_ins import HiddenStates, Recorder, TensorFile, first_output, return_freed_memory
 
 
 class StreamedTaylor:
@@ -98,6 +98,7 @@ class StreamedTaylor:
             yield module
         finally:
             module.to("meta")
+            return_freed_memory()
 
     def _embed(self, ids_NT: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         """Run the model's own preamble; return the first layer's input and the other arguments of every layer.
