@@ -32,7 +32,7 @@ SIZES = {
     "vocab_size": 1024,
 }
 QUICK_SIZES = SIZES | {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
-DEPTHS, QUICK_DEPTHS = (8, 16, 32), (2, 4)
+DEPTHS, QUICK_DEPTHS = (8, 16, 32), (2,)
 FLAT, SHARE = 1.10, 1 / 3
 """Most that the streamed peak may grow from the least depth to the greatest, and its largest share of the full one."""
 AGREE = 1e-5

@@ -82,6 +82,8 @@ class Family:
     """Every tensor of one decoder layer."""
     default_head_dim: int | None = None
     """Used when the config has no `head_dim`; None means hidden_size // num_attention_heads."""
+    default_num_key_value_heads: int | None = None
+    """Used when the config does not name them; None means as many as attention heads (as does an explicit null)."""
     ties_embeddings: bool = False
     """Value of `tie_word_embeddings` when the config does not say."""
     reads_heads_from_config: bool = False
@@ -129,13 +131,22 @@ FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
         Family(model_type="llama", weights=_LLAMA_LIKE),
-        Family(model_type="smollm3", weights=_LLAMA_LIKE, ties_embeddings=True),
-        Family(model_type="mistral", weights=(*_attention(), *_gated_mlp(), *_PRE_NORMS)),
-        Family(model_type="qwen2", weights=(*_attention(qkv_bias=True), *_gated_mlp(), *_PRE_NORMS)),
+        Family(model_type="smollm3", weights=_LLAMA_LIKE, default_num_key_value_heads=4, ties_embeddings=True),
+        Family(
+            model_type="mistral",
+            weights=(*_attention(), *_gated_mlp(), *_PRE_NORMS),
+            default_num_key_value_heads=8,
+        ),
+        Family(
+            model_type="qwen2",
+            weights=(*_attention(qkv_bias=True), *_gated_mlp(), *_PRE_NORMS),
+            default_num_key_value_heads=32,
+        ),
         Family(
             model_type="qwen3",
             weights=(*_FLAGGED_ATTENTION, *_HEAD_NORMS, *_gated_mlp(), *_PRE_NORMS),
             default_head_dim=128,
+            default_num_key_value_heads=32,
         ),
         Family(
             model_type="phi3",
@@ -152,12 +163,14 @@ FAMILIES: Mapping[str, Family] = {
             model_type="gemma2",
             weights=(*_FLAGGED_ATTENTION, *_gated_mlp(), *_SANDWICH_NORMS),
             default_head_dim=256,
+            default_num_key_value_heads=4,
             ties_embeddings=True,
         ),
         Family(
             model_type="gemma3_text",
             weights=(*_FLAGGED_ATTENTION, *_HEAD_NORMS, *_gated_mlp(), *_SANDWICH_NORMS),
             default_head_dim=256,
+            default_num_key_value_heads=4,
             ties_embeddings=True,
         ),
         # OLMo 2 normalizes queries and keys over all heads at once, so these norms have one weight per row and are
@@ -350,7 +363,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         raise UnsupportedModelError(_why_unsupported(config))
 
     heads = _size(config, "num_attention_heads")
-    kv_heads = _size(config, "num_key_value_heads", default=heads)
+    unsaid = (None if "num_key_value_heads" in config else family.default_num_key_value_heads) or heads
+    kv_heads = _size(config, "num_key_value_heads", default=unsaid)
     hidden = _size(config, "hidden_size")
     head_dim = _size(config, "head_dim", default=family.default_head_dim or hidden // heads)
     if heads % kv_heads:
@@ -383,6 +397,8 @@ def _size(config: Mapping[str, Any], key: str, *, default: int | None = None) ->
 def _why_unsupported(config: Mapping[str, Any]) -> str:
     model_type = config.get("model_type")
     known = ", ".join(sorted(FAMILIES))
+    if isinstance(model_type, str) and model_type.startswith("loram_"):
+        return f"model_type {model_type!r} is a release, which was pruned already; 'loram info' describes it."
     if isinstance(config.get("text_config"), Mapping):
         return (
             f"model_type {model_type!r} wraps a language model in 'text_config' next to other modules (vision, audio). "

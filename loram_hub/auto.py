@@ -8,10 +8,11 @@ the plan after its own constructor ran (on the meta device: no memory), and leav
 
 from __future__ import annotations
 
+import copyreg
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,12 +25,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loram_hub.architecture import LAYER_PREFIX, Architecture, LayerSizes
+from loram_hub.checkpoint import CONFIG, INDEX_FILE, weight_files
 from loram_hub.errors import InvalidRequestError
 from loram_hub.files import dump_json
 from loram_hub.hub import resolve
 from loram_hub.manifest import Manifest
 from loram_hub.quantization import NF4_DESCRIPTION
-from loram_hub.release import Release, base_config_of, open_release, release_config, seal_release
+from loram_hub.release import MASK_INDEX, Release, base_config_of, open_release, release_config, seal_release
 
 logger = logging.getLogger(__name__)
 
@@ -83,15 +85,19 @@ class AutoLoramModel:
         source = resolve(
             release, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
+        if taken := {"config", "output_loading_info", "trust_remote_code", "state_dict"} & set(kwargs):
+            raise InvalidRequestError(f"{sorted(taken)} cannot be given: a release decides them itself.")
         opened = open_release(source.folder)
-        chosen = _chosen_dtype(dtype, device_map)
+        chosen = _chosen_dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype, device_map)
         config = _config_class(opened.architecture.family.model_type).from_dict(base_config_of(opened.config))
         _set_compute_dtype(config, chosen)
         model_class = _pruned_class(opened)
         model: PreTrainedModel = model_class.from_pretrained(
             source.folder, config=config, dtype=chosen, device_map=device_map, local_files_only=True, **kwargs
         )
-        model.config._name_or_path = model.name_or_path = str(release)
+        # PEFT writes this name into adapters: a Hub id, or a path that means the same from every folder.
+        name = str(release) if source.commit else os.path.abspath(source.folder)
+        model.config._name_or_path = model.name_or_path = name
         # Tensors load under the names they are stored with; what transformers recorded is its NF4 reader, which it
         # cannot reverse (5.23: NotImplementedError from save_pretrained on any prequantized bitsandbytes model).
         vars(model)["_weight_conversions"] = []
@@ -114,14 +120,12 @@ def supported_dtype(device_type: str) -> torch.dtype:
 
 
 def _chosen_dtype(dtype: torch.dtype | str | None, device_map: str | Mapping[str, int | str] | None) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype is not None and dtype != "auto":
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype):
-            raise InvalidRequestError(f"dtype {dtype!r} is no torch type; for example 'bfloat16' or 'float32' are.")
-        return named
-    return supported_dtype(_device_type(device_map))
+    if dtype is None or dtype == "auto":
+        return supported_dtype(_device_type(device_map))
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise InvalidRequestError(f"dtype {dtype!r} is no floating-point type; 'bfloat16' or 'float32' are.")
+    return named
 
 
 def _device_type(device_map: str | Mapping[str, int | str] | None) -> str:
@@ -164,10 +168,15 @@ class _ReleaseConfig(PreTrainedConfig):
         return (base_config_of(values) if "loram" in values else values), rest
 
 
+class _MadeToMeasure(type):
+    """Metaclass of classes made at run time: pickled by how they are made, since no module holds them by name."""
+
+
 @cache
 def _config_class(model_type: str) -> type[PreTrainedConfig]:
     base_class = CONFIG_MAPPING[model_type]
-    return type(f"Loram{base_class.__name__}", (_ReleaseConfig, base_class), {"model_type": model_type})
+    name, attributes = f"Loram{base_class.__name__}", {"model_type": model_type, "__module__": __name__}
+    return cast("type[PreTrainedConfig]", _MadeToMeasure(name, (_ReleaseConfig, base_class), attributes))
 
 
 class _PrunedModel(PreTrainedModel):
@@ -193,15 +202,29 @@ class _PrunedModel(PreTrainedModel):
             raise InvalidRequestError(
                 "push_to_hub would upload the release before its manifest is written. Save it to a folder first."
             )
+        manifest = _manifest_of_saved(self)
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
-            seal_release(Path(save_directory), manifest=_manifest_of_saved(self), plan=self.loram.plan)
+            folder = Path(save_directory)
+            # Others may write here too, a Trainer its optimizer: they are no part of the release.
+            own = {CONFIG, MASK_INDEX, INDEX_FILE, "generation_config.json", *(f.name for f in weight_files(folder))}
+            seal_release(folder, manifest=manifest, plan=self.loram.plan, only=own)
 
 
 def _pruned_class(release: Release) -> type[_PrunedModel]:
     config_class = CONFIG_MAPPING[release.architecture.family.model_type]
     base_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[config_class])
-    return type(f"Loram{base_class.__name__}", (_PrunedModel, base_class), {"loram": release, "__module__": __name__})
+    name, attributes = f"Loram{base_class.__name__}", {"loram": release, "__module__": __name__}
+    return cast("type[_PrunedModel]", _MadeToMeasure(name, (_PrunedModel, base_class), attributes))
+
+
+def _how_made(made: _MadeToMeasure) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    if issubclass(made, _PrunedModel):
+        return _pruned_class, (made.loram,)
+    return _config_class, (vars(made)["model_type"],)
+
+
+copyreg.pickle(_MadeToMeasure, _how_made)
 
 
 def _manifest_of_saved(model: _PrunedModel) -> Manifest:
@@ -209,6 +232,11 @@ def _manifest_of_saved(model: _PrunedModel) -> Manifest:
     opened = model.loram.manifest
     manifest = replace(opened, recipe={**opened.recipe, "saved": "save_pretrained"})
     if getattr(model, "is_loaded_in_4bit", False):
+        made = model.config.quantization_config
+        if made.bnb_4bit_quant_type != "nf4" or not made.bnb_4bit_use_double_quant:
+            raise InvalidRequestError(
+                "A release holds NF4 with double quantization; this model was quantized in another way."
+            )
         dtype = str(model.dtype).removeprefix("torch.")
         manifest = replace(manifest, quantization={**NF4_DESCRIPTION, "dtype": dtype})
     return manifest

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
@@ -141,11 +142,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
+def is_companion(name: str) -> bool:
+    """Whether a file, by its name inside the folder, is a tokenizer, licence, card or picture."""
+    patterns = (*COMPANIONS, "README.md", "*.png", "*.svg")
+    return "/" not in name and not _may_hold_code(name) and any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _may_hold_code(name: str) -> bool:
+    return name.endswith((".py", ".bin", ".pt", ".pth", ".pkl", ".safetensors"))
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer, generation config and licence files of a checkpoint to another folder."""
     with resource_errors(f"Writing {target}"):
         for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
-            if path.is_file() and path.suffix not in (".py", ".bin", ".pt", ".safetensors"):
+            if path.is_file() and not _may_hold_code(path.name):
                 shutil.copyfile(path, target / path.name)
 
 

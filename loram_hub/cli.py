@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,6 +23,7 @@ import click
 
 from loram_hub.errors import LoramError
 
+_AS_JSON = "loram_hub.json"
 EXIT_UNEXPECTED, EXIT_RESOURCE, EXIT_INTERRUPTED = 1, 6, 130
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -45,16 +47,19 @@ class _LoramGroup(click.Group):
         except MemoryError as err:
             _fail("Out of memory.", EXIT_RESOURCE, "MemoryError", reraise=err)
         except OSError as err:
-            if err.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            _fail(f"The disk is full: {err}", EXIT_RESOURCE, "ResourceError", reraise=err)
+            code = EXIT_RESOURCE if err.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT_UNEXPECTED
+            _fail(f"{type(err).__name__}: {err}. --debug shows where.", code, type(err).__name__, reraise=err)
+        except Exception as err:
+            out_of_memory = type(err).__name__ == "OutOfMemoryError"  # torch's, which derives from RuntimeError
+            code = EXIT_RESOURCE if out_of_memory else EXIT_UNEXPECTED
+            _fail(f"{type(err).__name__}: {err} --debug shows where.", code, type(err).__name__, reraise=err)
 
 
 def _fail(message: str, code: int, kind: str, *, reraise: BaseException | None = None) -> None:
     context = click.get_current_context()
     if context.find_root().params.get("debug") and reraise is not None:
         raise reraise
-    if "--json" in sys.argv:
+    if context.find_root().meta.get(_AS_JSON):
         click.echo(json.dumps({"error": {"code": code, "kind": kind, "message": message}}))
     click.echo(f"Error: {message}", err=True)
     context.exit(code)
@@ -88,7 +93,12 @@ def _options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
     return apply
 
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def _note_json(context: click.Context, _: click.Parameter, value: bool) -> bool:
+    context.find_root().meta[_AS_JSON] = value  # errors are JSON then, too
+    return value
+
+
+_json = click.option("--json", "as_json", is_flag=True, callback=_note_json, help="Print one JSON document on stdout.")
 _hub = _options(
     click.option("--revision", help="Branch, tag or commit of a Hub id."),
     click.option("--token", envvar="HF_TOKEN", help="Hub token; by default the one you are logged in with."),
@@ -99,6 +109,7 @@ _write = _options(
     ),
     click.option("--dry-run", is_flag=True, help="Check everything and say what would be written, without writing."),
 )
+_STRUCTURE = ("pruning_ratio", "keep_first", "keep_last", "round_to")
 _structure = _options(
     click.option("--pruning-ratio", type=float, default=0.85, show_default=True, help="Share removed, in [0, 1)."),
     click.option("--keep-first", type=int, default=4, show_default=True, help="Whole layers at the start."),
@@ -123,7 +134,8 @@ def plan(model: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
         _print_json(counts.to_dict())
         return
     _print_counts(counts.to_dict())
-    _next(f"loram prune {model} OUT --pruning-ratio {options['pruning_ratio']} --calibration TEXTS.jsonl --quantize")
+    structure = [f"--{name.replace('_', '-')}={options[name]}" for name in _STRUCTURE if options[name] is not None]
+    _next("loram prune", model, "OUT", *structure, "--calibration=TEXTS.jsonl", "--quantize")
 
 
 @main.command(epilog="Example: loram prune org/model OUT --pruning-ratio 0.65 --calibration texts.jsonl --quantize")
@@ -147,14 +159,15 @@ def plan(model: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
 @_json
 def prune(base: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Prune BASE (Hub id or folder) into the release folder OUT."""
-    from loram_hub import count_parameters
-    from loram_hub import prune as prune_model
-
     if dry_run:
-        structure = ("pruning_ratio", "keep_first", "keep_last", "round_to", "revision", "token")
-        counts = count_parameters(base, **{key: options[key] for key in structure}).to_dict()
+        from loram_hub.pruning import check_prune
+
+        del options["quantize"]
+        counts = check_prune(base, out, **options).to_dict()
         _print(counts | {"would_write": str(out)}, as_json, lambda: _print_counts(counts))
         return
+    from loram_hub import prune as prune_model
+
     release = prune_model(base, out, **options)
     _print_release(release.folder, as_json)
 
@@ -168,17 +181,16 @@ def prune(base: str, out: Path, dry_run: bool, as_json: bool, **options: Any) ->
 @_json
 def quantize(release: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Turn the 16-bit RELEASE into the NF4 release OUT."""
-    from loram_hub import info
+    if dry_run:
+        from loram_hub.quantization import check_quantize
+
+        del options["device"]
+        nbytes = check_quantize(release, out, **options)
+        would = {"would_write": str(out), "nf4_bytes": nbytes}
+        _print(would, as_json, lambda: click.echo(f"Would write {_size(nbytes)} of weights to {out}."))
+        return
     from loram_hub import quantize as quantize_release
 
-    if dry_run:
-        described = info(release, revision=options["revision"], token=options["token"])
-        _print(
-            {"would_write": str(out), "nf4_bytes": described["nf4_bytes"]},
-            as_json,
-            lambda: click.echo(f"Would write {_size(described['nf4_bytes'])} of weights to {out}."),
-        )
-        return
     _print_release(quantize_release(release, out, **options).folder, as_json)
 
 
@@ -237,10 +249,8 @@ def recover(adapter: str, out: Path, as_json: bool, **options: Any) -> None:  # 
             f"{verb} {recovered.folder}: {len(recovered.modules)} modules, rank {recovered.rank}, "
             f"alpha {recovered.alpha}, {_size(recovered.nbytes)}, for {recovered.base_id}."
         )
-        _next(
-            f"vllm serve {recovered.base_id} --enable-lora --max-lora-rank {recovered.max_lora_rank} "
-            f"--lora-modules tuned={recovered.folder}"
-        )
+        lora = ("--enable-lora", "--max-lora-rank", recovered.max_lora_rank, "--lora-modules")
+        _next("vllm serve", recovered.base_id, *lora, f"tuned={recovered.folder}")
 
     _print(result, as_json, show)
 
@@ -264,7 +274,7 @@ def merge(base: str, adapter: str, out: Path, as_json: bool, **options: Any) -> 
         click.echo(
             f"{verb} {merged.folder}: {merged.merged} of {merged.tensors} tensors changed, {_size(merged.nbytes)}."
         )
-        _next(f"vllm serve {merged.folder}")
+        _next("vllm serve", merged.folder)
 
     _print(result, as_json, show)
 
@@ -335,8 +345,8 @@ def _jsonable(value: Any) -> Any:  # noqa: ANN401 (any record's fields)
     return str(value) if isinstance(value, Path) else value
 
 
-def _next(command: str) -> None:
-    click.echo(f"Next: {command}", err=True)
+def _next(command: str, *arguments: object) -> None:
+    click.echo(f"Next: {' '.join([command, *(shlex.quote(str(argument)) for argument in arguments)])}", err=True)
 
 
 def _size(nbytes: int) -> str:
@@ -407,4 +417,4 @@ def _print_release(folder: Path, as_json: bool) -> None:
     described = info(folder)
     _print(described | {"folder": str(folder)}, as_json, lambda: _print_info(described))
     if not as_json:
-        _next(f'AutoLoramModel.from_pretrained("{folder}"), or check it with: loram verify {folder}')
+        _next("loram verify", folder)

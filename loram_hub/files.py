@@ -31,7 +31,7 @@ MAX_JSON_BYTES = 8 * 1024 * 1024
 MAX_INDEX_BYTES = 128 * 1024 * 1024
 """Cap on `model.safetensors.index.json`: one line per tensor, a few million tensors at most."""
 
-_DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, reports the system's errors
 
 
@@ -128,9 +128,11 @@ def resource_errors(action: str) -> Iterator[None]:
     except LoramError:
         raise
     except (OSError, SafetensorError) as err:
-        if _errno_of(err) in _DISK_ERRNOS:
-            raise ResourceError(f"{action} failed: {err}. Free some space or write elsewhere.") from err
-        raise
+        number = _errno_of(err)
+        if number in (None, errno.ENOENT):  # a file that is not there is no matter of disk or memory
+            raise
+        hint = "Free some space or write elsewhere." if number in _FULL else "Write elsewhere, or mend the path."
+        raise ResourceError(f"{action} failed: {err}. {hint}") from err
     except MemoryError as err:
         raise ResourceError(f"{action} ran out of memory.") from err
 
@@ -185,8 +187,22 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise ResourceError(f"Another process is writing {target} (lock {lock_path.name}).") from err
 
 
+def refuse_overlap(target: Path, *inputs: Path) -> None:
+    """Raise `InvalidRequestError` if writing `target` would replace an input, or a folder that an input lies in."""
+    out = Path(os.path.realpath(target))
+    for folder in inputs:
+        read = Path(os.path.realpath(folder))
+        if out == read or out in read.parents or read in out.parents:
+            raise InvalidRequestError(f"{target} and {folder} overlap: what is read would be written over.")
+
+
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise `InvalidRequestError` if `target` holds something that may not be replaced."""
+    """Raise `InvalidRequestError` if `target` holds something that may not be replaced, or cannot be made at all."""
+    above = next((folder for folder in Path(os.path.abspath(target)).parents if folder.exists()), Path("/"))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ResourceError(f"{target} cannot be created: {above} is no folder that can be written to.")
+    if target.is_mount():
+        raise InvalidRequestError(f"{target} is a mount point, which cannot be exchanged; name a folder inside it.")
     if target.exists() and not target.is_dir():
         raise InvalidRequestError(f"{target} is a file; give the name of a folder to create.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:

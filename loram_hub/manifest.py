@@ -7,7 +7,7 @@ error.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -176,12 +176,14 @@ def _optional_mapping(values: Mapping[str, Any], key: str, source: str) -> dict[
     return None if values.get(key) is None else _mapping(values, key, source)
 
 
-def file_entries(folder: Path) -> dict[str, FileEntry]:
-    """Hash every file of a release folder except the manifest itself."""
+def file_entries(folder: Path, *, only: Collection[str] | None = None) -> dict[str, FileEntry]:
+    """Hash every file of a release folder, or `only` those named, except the manifest itself."""
     return {
         path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
+        if path.is_file()
+        and path != folder / MANIFEST
+        and (only is None or path.relative_to(folder).as_posix() in only)
     }
 
 

@@ -21,7 +21,7 @@ from loram_hub.adapter import DTYPES, RECORD, WEIGHTS, Adapter, DtypeName, LoraP
 from loram_hub.architecture import EMBEDDING, LM_HEAD
 from loram_hub.checkpoint import CONFIG, Checkpoint, ShardWriter, TensorInfo, copy_companions
 from loram_hub.errors import IncompatibleError, InvalidRequestError, PlanMismatchError, VerificationError
-from loram_hub.files import atomic_folder, dump_json, refuse_existing, resource_errors
+from loram_hub.files import atomic_folder, dump_json, refuse_existing, refuse_overlap, resource_errors
 from loram_hub.hub import resolve
 from loram_hub.release import MODEL_TYPE_PREFIX
 
@@ -102,9 +102,14 @@ def merge(
     refuse_existing(target, overwrite=overwrite)
     if dtype is not None and dtype not in DTYPES:
         raise InvalidRequestError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed.")
-    lora = read_adapter(resolve(adapter, token=token, files=(ADAPTER_CONFIG, WEIGHTS, RECORD)).folder)
+    adapter_folder = resolve(adapter, token=token, files=(ADAPTER_CONFIG, WEIGHTS, RECORD)).folder
+    lora = read_adapter(adapter_folder)
     pinned = lora.config.revision if lora.config.base == str(base) else None
-    folder = resolve(base, revision=revision or pinned, token=token).folder
+    source = resolve(base, revision=revision or pinned, token=token)
+    folder = source.folder
+    refuse_overlap(target, folder, adapter_folder)
+    if lora.config.base not in (None, str(base), source.id):
+        logger.warning("The adapter was made for %s; merging it into %s", lora.config.base, source.id)
     with Checkpoint(folder) as checkpoint:
         _refuse_base(checkpoint)
         steps = _steps(checkpoint, lora)
@@ -113,7 +118,8 @@ def merge(
             with atomic_folder(target, overwrite=overwrite) as partial:
                 _write_small_files(partial, checkpoint, unties=LM_HEAD in _tensors(lora), dtype=dtype)
                 _write_weights(partial, checkpoint, steps, dtype=dtype, device=device)
-    logger.info("Merged %d of %d tensors, %d bytes", len(lora.pairs), len(steps), nbytes)
+    verb = "Would merge" if dry_run else "Merged"
+    logger.info("%s %d of %d tensors, %d bytes", verb, len(lora.pairs), len(steps), nbytes)
     return MergedModel(folder=target, merged=len(lora.pairs), tensors=len(steps), nbytes=nbytes)
 
 

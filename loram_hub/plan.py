@@ -50,7 +50,12 @@ class PruningSettings:
     """Round the kept MLP channels up to a multiple of this (64 suits NF4); None keeps the paper's exact count."""
 
     def __post_init__(self) -> None:
-        """Check the ranges; raises `InvalidRequestError`."""
+        """Check types and ranges; raises `InvalidRequestError`."""
+        whole = [self.keep_first, self.keep_last, *([] if self.round_to is None else [self.round_to])]
+        if any(isinstance(count, bool) or not isinstance(count, int) for count in whole):
+            raise InvalidRequestError(f"keep_first, keep_last and round_to must be whole numbers; found {whole}.")
+        if isinstance(self.pruning_ratio, bool) or not isinstance(self.pruning_ratio, int | float):
+            raise InvalidRequestError(f"pruning_ratio is {self.pruning_ratio!r}; a number is needed.")
         if not 0 <= self.pruning_ratio < 1:  # also refuses NaN
             raise InvalidRequestError(
                 f"pruning_ratio is {self.pruning_ratio}; it is the share removed and must lie in [0, 1): 0.65, say."

@@ -10,27 +10,41 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from huggingface_hub.utils import tqdm
+from transformers import AutoTokenizer
 
 from loram_hub.architecture import LM_HEAD, Architecture, architecture_of, is_ignored_tensor
 from loram_hub.checkpoint import CONFIG, Checkpoint, ShardWriter, copy_companions
-from loram_hub.errors import InvalidRequestError, UnsupportedModelError
-from loram_hub.files import refuse_existing, sha256_of
+from loram_hub.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
+from loram_hub.files import refuse_existing, refuse_overlap, sha256_of
 from loram_hub.hub import Source, resolve
 from loram_hub.importance import Importance, importance_scores, parse_importance
 from loram_hub.manifest import BaseModel, Manifest, Pruning
-from loram_hub.plan import Plan, PruningSettings, parameter_counts, plan_from_scores, planned_sizes, pruned_layers
+from loram_hub.plan import (
+    ParameterCounts,
+    Plan,
+    PruningSettings,
+    parameter_counts,
+    plan_from_scores,
+    planned_sizes,
+    pruned_layers,
+)
 from loram_hub.quantization import as_nf4, quantized_tensors, sixteen_bit
 from loram_hub.release import Release, open_release, release_config, write_release
 from loram_hub.texts import calibration_ids, read_texts
 
 logger = logging.getLogger(__name__)
+
+Calibration: TypeAlias = torch.Tensor | npt.NDArray[np.int64] | str | os.PathLike[str] | list[str] | None
+"""Token ids (samples, tokens), or texts: a list, a file, a folder or a dataset id."""
 
 CALIBRATION_SAMPLES = 32
 """Rows of calibration when texts are given; LLM-Pruner uses 10 of 64 tokens."""
@@ -44,7 +58,7 @@ def prune(
     *,
     pruning_ratio: float = 0.85,
     importance: str = "taylor",
-    calibration: torch.Tensor | npt.NDArray[np.int64] | str | os.PathLike[str] | list[str] | None = None,
+    calibration: Calibration = None,
     keep_first: int = 4,
     keep_last: int = 2,
     seed: int = 0,
@@ -86,38 +100,139 @@ def prune(
         >>> from loram_hub import prune  # doctest: +SKIP
         >>> prune("org/model", "model-loram-0.65", pruning_ratio=0.65, calibration="texts.jsonl")  # doctest: +SKIP
     """
-    method = parse_importance(importance)
-    settings = PruningSettings(
-        pruning_ratio=pruning_ratio, keep_first=keep_first, keep_last=keep_last, round_to=round_to
-    )
-    out = Path(out_dir)
-    refuse_existing(out, overwrite=overwrite)
-    source = resolve(base, revision=revision, token=token)
-    with Checkpoint(source.folder) as checkpoint:
-        architecture = _check_base(checkpoint, source)
-        planned_sizes(architecture, settings)  # an impossible ratio should fail before minutes of importance
-        ids = _calibration(calibration, source.folder, seed) if method.method == "taylor" else None
+    with _checked(
+        base,
+        out_dir,
+        settings=PruningSettings(
+            pruning_ratio=pruning_ratio, keep_first=keep_first, keep_last=keep_last, round_to=round_to
+        ),
+        importance=importance,
+        calibration=calibration,
+        seed=seed,
+        device=device,
+        overwrite=overwrite,
+        revision=revision,
+        token=token,
+    ) as job:
         scores = importance_scores(
-            checkpoint,
-            architecture,
-            pruned_layers(architecture, settings),
-            importance=method,
-            calibration=ids,
+            job.checkpoint,
+            job.architecture,
+            pruned_layers(job.architecture, job.settings),
+            importance=job.importance,
+            calibration=job.calibration,
             seed=seed,
             device=device,
         )
-        plan = plan_from_scores(architecture, settings, scores)
-        manifest = _manifest(source, plan, settings, method, seed=seed, calibration=ids)
-        _write(checkpoint, plan, manifest, out, quantize=quantize, device=device or "cpu", overwrite=overwrite)
-    release = open_release(out)
+        plan = plan_from_scores(job.architecture, job.settings, scores)
+        manifest = _manifest(job, plan, seed=seed)
+        _write(job.checkpoint, plan, manifest, job.out, quantize=quantize, device=device or "cpu", overwrite=overwrite)
     logger.info(
         "pruned %d of %d layers, %s -> %s parameters",
         len(plan.kept),
-        architecture.num_hidden_layers,
+        plan.architecture.num_hidden_layers,
         f"{manifest.base.parameters:,}",
         f"{manifest.parameters:,}",
     )
-    return release
+    return open_release(job.out)
+
+
+def check_prune(
+    base: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    pruning_ratio: float = 0.85,
+    importance: str = "taylor",
+    calibration: Calibration = None,
+    keep_first: int = 4,
+    keep_last: int = 2,
+    seed: int = 0,
+    round_to: int | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> ParameterCounts:
+    """Check all that `prune` checks, reading headers and calibration but no weights, and write nothing.
+
+    Arguments and errors are those of `prune`.
+
+    Returns:
+        What the release would hold.
+    """
+    settings = PruningSettings(
+        pruning_ratio=pruning_ratio, keep_first=keep_first, keep_last=keep_last, round_to=round_to
+    )
+    with _checked(
+        base,
+        out_dir,
+        settings=settings,
+        importance=importance,
+        calibration=calibration,
+        seed=seed,
+        device=device,
+        overwrite=overwrite,
+        revision=revision,
+        token=token,
+    ) as job:
+        return parameter_counts(job.architecture, planned_sizes(job.architecture, settings))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class _Job:
+    """A call whose arguments are sound."""
+
+    source: Source
+    checkpoint: Checkpoint
+    architecture: Architecture
+    settings: PruningSettings
+    importance: Importance
+    calibration: torch.Tensor | None
+    out: Path
+
+
+@contextmanager
+def _checked(
+    base: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    settings: PruningSettings,
+    importance: str,
+    calibration: Calibration,
+    seed: int,
+    device: str | None,
+    overwrite: bool,
+    revision: str | None,
+    token: str | bool | None,
+) -> Iterator[_Job]:
+    """Check everything that can fail before minutes of importance, and open the base."""
+    method = parse_importance(importance)
+    out = Path(out_dir).expanduser()
+    refuse_existing(out, overwrite=overwrite)
+    _check_device_and_seed(device, seed)
+    source = resolve(base, revision=revision, token=token)
+    refuse_overlap(out, source.folder)
+    with Checkpoint(source.folder) as checkpoint:
+        architecture = _check_base(checkpoint, source)
+        planned_sizes(architecture, settings)
+        yield _Job(
+            source=source,
+            checkpoint=checkpoint,
+            architecture=architecture,
+            settings=settings,
+            importance=method,
+            calibration=_calibration(calibration, source.folder, seed) if method.method == "taylor" else None,
+            out=out,
+        )
+
+
+def _check_device_and_seed(device: str | None, seed: int) -> None:
+    """Fail at once, not after the first layers."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InvalidRequestError(f"seed is {seed!r}; a whole number from 0 is needed.")
+    try:
+        torch.empty(1, device=device or "cpu")
+    except (RuntimeError, AssertionError) as err:
+        raise InvalidRequestError(f"device {device!r} cannot be used here: {str(err).splitlines()[0]}") from err
 
 
 def _check_base(checkpoint: Checkpoint, source: Source) -> Architecture:
@@ -131,34 +246,31 @@ def _check_base(checkpoint: Checkpoint, source: Source) -> Architecture:
     return architecture
 
 
-def _calibration(
-    given: torch.Tensor | npt.NDArray[np.int64] | str | os.PathLike[str] | list[str] | None, folder: Path, seed: int
-) -> torch.Tensor:
+def _calibration(given: Calibration, folder: Path, seed: int) -> torch.Tensor:
     if given is None:
         raise InvalidRequestError(
             "Taylor importance needs calibration: pass token ids (samples, tokens), or a file, folder or dataset with "
             "texts. importance='magnitude' and 'random' need none."
         )
-    if isinstance(given, torch.Tensor):
-        return given.cpu().long()
     if isinstance(given, np.ndarray):
-        return torch.from_numpy(given).long()
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+        given = torch.from_numpy(given)
+    if isinstance(given, torch.Tensor):
+        if given.is_floating_point() or given.is_complex():
+            raise InvalidRequestError(f"Calibration must be token ids, whole numbers; found {given.dtype}.")
+        return given.cpu().long()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as err:
+        raise CheckpointError(
+            f"{folder} has no tokenizer that transformers can open, which calibration texts need: {err} "
+            "Add one, or give calibration as token ids."
+        ) from err
     texts = read_texts(given)
     return calibration_ids(texts, tokenizer, samples=CALIBRATION_SAMPLES, tokens=CALIBRATION_TOKENS, seed=seed)
 
 
-def _manifest(
-    source: Source,
-    plan: Plan,
-    settings: PruningSettings,
-    importance: Importance,
-    *,
-    seed: int,
-    calibration: torch.Tensor | None,
-) -> Manifest:
+def _manifest(job: _Job, plan: Plan, *, seed: int) -> Manifest:
+    source, settings, importance, calibration = job.source, job.settings, job.importance, job.calibration
     counts = parameter_counts(plan.architecture, plan.layers)
     described = None if calibration is None else _describe_calibration(calibration)
     pruning = Pruning(

@@ -19,9 +19,10 @@ from huggingface_hub.utils import tqdm
 from loram_hub.architecture import Architecture, is_ignored_tensor
 from loram_hub.checkpoint import Checkpoint, ShardWriter, copy_companions
 from loram_hub.errors import InvalidRequestError
+from loram_hub.files import refuse_existing, refuse_overlap
 from loram_hub.hub import resolve
 from loram_hub.manifest import Manifest
-from loram_hub.plan import NF4_BLOCK
+from loram_hub.plan import NF4_BLOCK, parameter_counts
 from loram_hub.release import Release, base_config_of, open_release, release_config, write_release
 
 NF4_DESCRIPTION: Mapping[str, Any] = {"type": "nf4", "block": NF4_BLOCK, "double_quant": True}
@@ -131,10 +132,8 @@ def quantize(
         InvalidRequestError: the release is NF4 already, or `out_dir` exists.
         ResourceError: the disk is full.
     """
-    source = open_release(resolve(release, revision=revision, token=token).folder)
-    if source.is_quantized:
-        raise InvalidRequestError(f"{source.folder} is quantized already ({source.manifest.quantization}).")
-    out = Path(out_dir)
+    out = Path(out_dir).expanduser()
+    source = _checked(release, out, overwrite=overwrite, revision=revision, token=token)
     with Checkpoint(source.folder) as checkpoint:
         dtype = sixteen_bit(checkpoint, source.architecture)
         manifest, config = as_nf4(source.manifest, base_config_of(source.config), dtype)
@@ -147,3 +146,32 @@ def quantize(
                     writer.add(part, value)
             writer.finish()
     return open_release(out)
+
+
+def check_quantize(
+    release: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> int:
+    """Check all that `quantize` checks and write nothing. Arguments and errors are those of `quantize`.
+
+    Returns:
+        Bytes of weights that would be written, as `ParameterCounts.nf4_bytes` counts them.
+    """
+    out = Path(out_dir).expanduser()
+    source = _checked(release, out, overwrite=overwrite, revision=revision, token=token)
+    return parameter_counts(source.architecture, source.plan.layers).nf4_bytes
+
+
+def _checked(
+    release: str | os.PathLike[str], out: Path, *, overwrite: bool, revision: str | None, token: str | bool | None
+) -> Release:
+    refuse_existing(out, overwrite=overwrite)
+    source = open_release(resolve(release, revision=revision, token=token).folder)
+    refuse_overlap(out, source.folder)
+    if source.is_quantized:
+        raise InvalidRequestError(f"{source.folder} is quantized already ({source.manifest.quantization}).")
+    return source

@@ -173,7 +173,8 @@ def recover(
         with atomic_folder(target, overwrite=overwrite) as folder:
             write_adapter(folder, canonical, factors)
             (folder / RECORD).write_text(dump_json(_record(trained, origin)), encoding="utf-8")
-    logger.info("Recovered %d modules, %d parameters", len(canonical.shapes), canonical.parameters)
+    verb = "Would recover" if dry_run else "Recovered"
+    logger.info("%s %d modules, %d parameters", verb, len(canonical.shapes), canonical.parameters)
     return RecoveredAdapter(
         folder=target,
         base_id=canonical.base_id,
@@ -261,19 +262,28 @@ def _check_plan(adapter: Adapter, trained_on: Release | None, origin: _Origin) -
 
 
 def _trained_digest(adapter: Adapter, trained_on: Release | None, origin: _Origin) -> str | None:
-    if trained_on is not None:
-        return trained_on.plan.digest
+    """Return the plan digest of the release that the adapter itself names; None, with a warning, if it is gone."""
     recorded = adapter.record.get("plan_sha256")
     if isinstance(recorded, str):
         return recorded
     base, revision = adapter.config.base, adapter.config.revision
-    if base is None or (base == origin.name and revision in (origin.revision, None)):
-        return None  # it says nothing, or names what was opened
+    if trained_on is not None and (base is None or Path(base) == Path(os.path.abspath(trained_on.folder))):
+        return trained_on.plan.digest
+    if base is not None and base == origin.name and revision in (origin.revision, None):
+        return None  # it names what was opened
     try:
+        if base is None:
+            raise CheckpointError("it names none.")
         source = resolve(base, revision=revision, local_files_only=True, files=METADATA_FILES)
         return open_metadata(source.folder).plan.digest
     except LoramError as err:
-        logger.debug("The release that the adapter names is not at hand: %s", err)
+        logger.warning(
+            "%s cannot be compared with the release it was trained on: %s Shapes fit %s; if that keeps other channel "
+            "groups, the recovered adapter is worthless",
+            adapter.source,
+            err,
+            origin.id,
+        )
         return None
 
 

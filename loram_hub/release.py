@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from loram_hub.architecture import LAYER_PREFIX, Architecture, Indices, Space, architecture_of
-from loram_hub.checkpoint import CONFIG, TensorInfo, index_tensors, read_config, read_headers
+from loram_hub.checkpoint import CONFIG, TensorInfo, index_tensors, is_companion, read_config, read_headers
 from loram_hub.errors import CheckpointError, PlanMismatchError, VerificationError
 from loram_hub.files import atomic_folder, dump_json, parse_json, resource_errors, sha256_of
 from loram_hub.manifest import MANIFEST, FileEntry, Manifest, file_entries, read_manifest, tool_versions
@@ -29,6 +29,10 @@ MASK_INDEX = "mask_index.safetensors"
 MODEL_TYPE_PREFIX = "loram_"
 """Releases carry a `model_type` of their own: with the base's, stock transformers opens an NF4 release without a word
 and builds modules of the wrong declared size."""
+
+NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+"""What bitsandbytes stores beside the codes of an NF4 matrix."""
+ADAPTER_CONFIG = "adapter_config.json"
 
 _MASK_NAME = re.compile(rf"{re.escape(LAYER_PREFIX)}\.(0|[1-9][0-9]{{0,5}})\.(self_attn\.kv_heads|mlp\.channels)")
 _SPACE_OF_MASK: Mapping[str, Space] = {"self_attn.kv_heads": "kv_heads", "mlp.channels": "channels"}
@@ -128,11 +132,18 @@ def write_release(
         seal_release(folder, manifest=manifest, plan=plan)
 
 
-def seal_release(folder: Path, *, manifest: Manifest, plan: Plan) -> None:
-    """Write mask indexes and manifest into a folder that holds everything else."""
+def seal_release(folder: Path, *, manifest: Manifest, plan: Plan, only: Collection[str] | None = None) -> None:
+    """Write mask indexes and manifest into a folder that holds everything else.
+
+    Args:
+        folder: with config and weights.
+        manifest: all but `files` and `tools`, which are filled in.
+        plan: the kept groups.
+        only: names of the files that belong to the release; None for every file in the folder.
+    """
     with resource_errors(f"Writing {folder}"):
         write_mask_index(folder / MASK_INDEX, plan)
-        complete = replace(manifest, files=file_entries(folder), tools=tool_versions())
+        complete = replace(manifest, files=file_entries(folder, only=only), tools=tool_versions())
         (folder / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
 
 
@@ -144,7 +155,7 @@ def write_mask_index(path: Path, plan: Plan) -> None:
         for layer, spaces in plan.kept.items()
         for space, indices in spaces.items()
     }
-    save_file(arrays, path)
+    path.write_bytes(save(arrays))  # not save_file, which makes the file readable to its owner alone
 
 
 def read_mask_index(path: Path, architecture: Architecture) -> Plan:
@@ -194,6 +205,11 @@ def open_release(folder: Path) -> Release:
         IncompatibleError: the format is newer than this package, or plan and weights do not fit.
     """
     release = open_metadata(folder)
+    if (folder / ADAPTER_CONFIG).exists():
+        raise VerificationError(
+            f"{folder} holds {ADAPTER_CONFIG}: transformers would put that adapter on the model without a word. "
+            "Keep adapters in folders of their own."
+        )
     _check_files(folder, release.manifest.files, hash_weights=False)
     _check_weights(release)
     return release
@@ -237,7 +253,8 @@ def verify(folder: str | Path) -> Release:
     release = open_release(folder)
     _check_files(folder, release.manifest.files, hash_weights=True)
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
-    added = sorted(present - set(release.manifest.files))
+    # A tokenizer, card or licence may be put beside a finished release; it changes nothing of the rest.
+    added = sorted(name for name in present - set(release.manifest.files) if not is_companion(name))
     if added:
         raise VerificationError(f"{folder} holds {added[0]}, which its manifest does not list.")
     return release
@@ -274,6 +291,10 @@ def _is_inside(name: str) -> bool:
 def _check_weights(release: Release) -> None:
     found = index_tensors(release.folder)
     shapes = release.plan.tensor_shapes()
+    listed = release.manifest.files
+    for file in sorted({info.file.name for info in found.values()}):
+        if file not in listed:
+            raise VerificationError(f"{release.folder} has weights in {file}, which its manifest does not list.")
     matrices = {f".{weight.name}" for weight in release.architecture.projections} if release.is_quantized else set()
     packed = {
         name: shape
@@ -288,6 +309,10 @@ def _check_weights(release: Release) -> None:
     for name, shape in packed.items():
         _check_packed(name, shape, found)
     _check_packed_states(packed, found)
+    known = set(shapes) | {f"{name}.{part}" for name in packed for part in NF4_PARTS}
+    foreign = sorted(set(found) - known)
+    if foreign:
+        raise PlanMismatchError(f"{release.folder} has a tensor {foreign[0]!r}, which the plan knows nothing of.")
 
 
 def _check_packed(name: str, shape: tuple[int, ...], found: Mapping[str, TensorInfo]) -> None:

@@ -95,6 +95,8 @@ def test_defaults_of_a_family_are_those_of_transformers(family: str) -> None:
     default = CONFIG_MAPPING[family]()
 
     assert FAMILIES[family].ties_embeddings == default.tie_word_embeddings
+    kv_heads = FAMILIES[family].default_num_key_value_heads or default.num_attention_heads
+    assert kv_heads == default.num_key_value_heads
     head_dim = getattr(default, "head_dim", None) or default.hidden_size // default.num_attention_heads
     assert (FAMILIES[family].default_head_dim or default.hidden_size // default.num_attention_heads) == head_dim
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from builders import MODEL_TYPES, save_base, save_tokenizer, tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from loram_hub.auto import AutoLoramModel, supported_dtype
 from loram_hub.errors import CheckpointError, IncompatibleError, InvalidRequestError, VerificationError
@@ -241,3 +243,85 @@ def test_pushing_from_save_pretrained_is_refused_and_the_class_is_not_instantiat
         AutoLoramModel()
 
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_in_the_release_folder_is_refused_instead_of_loaded_along(releases: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(releases / "llama-bf16", mixed)
+    model = get_peft_model(AutoLoramModel.from_pretrained(mixed), LoraConfig(r=2, init_lora_weights=False))
+    model.save_pretrained(mixed)
+
+    with pytest.raises(VerificationError, match=r"adapter_config\.json"):
+        AutoLoramModel.from_pretrained(mixed)
+
+
+def test_weights_that_the_manifest_does_not_list_are_refused(releases: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(releases / "llama-bf16", mixed)
+    manifest = json.loads((mixed / "loram.json").read_text())
+    del manifest["files"]["model.safetensors"]
+    (mixed / "loram.json").write_text(json.dumps(manifest))
+
+    with pytest.raises(VerificationError, match=r"model\.safetensors, which its manifest does not list"):
+        AutoLoramModel.from_pretrained(mixed)
+
+
+def test_a_saved_model_verifies_with_a_tokenizer_beside_it_and_lists_no_one_elses_files(
+    releases: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "optimizer.pt").write_bytes(b"state")
+
+    AutoLoramModel.from_pretrained(releases / "llama-nf4").save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(releases / "llama-nf4").save_pretrained(tmp_path)
+
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    verify(tmp_path)
+    listed = json.loads((tmp_path / "loram.json").read_text())["files"]
+    assert set(listed) == {"config.json", "generation_config.json", "mask_index.safetensors", "model.safetensors"}
+
+
+def test_a_model_quantized_in_another_way_is_not_saved_as_a_release(releases: Path, tmp_path: Path) -> None:
+    fp4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    model = AutoLoramModel.from_pretrained(releases / "llama-bf16", quantization_config=fp4)
+
+    with pytest.raises(InvalidRequestError, match="NF4"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_survives_pickling_and_copying(releases: Path) -> None:
+    model = AutoLoramModel.from_pretrained(releases / "phi3-bf16", dtype=torch.float32)
+
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(logits(again), logits(model))
+        assert again.loram.plan.digest == model.loram.plan.digest
+    assert pickle.loads(pickle.dumps(model.config)).to_json_string() == model.config.to_json_string()
+
+
+def test_arguments_that_a_release_decides_are_refused_and_old_names_understood(releases: Path) -> None:
+    old = AutoLoramModel.from_pretrained(releases / "llama-bf16", torch_dtype="torch.float16")
+
+    assert old.dtype == torch.float16
+    for name, value in (("config", old.config), ("output_loading_info", True), ("trust_remote_code", True)):
+        with pytest.raises(InvalidRequestError, match=name):
+            AutoLoramModel.from_pretrained(releases / "llama-bf16", **{name: value})
+    with pytest.raises(InvalidRequestError, match="int8"):
+        AutoLoramModel.from_pretrained(releases / "llama-bf16", dtype="int8")
+
+
+def test_adapters_name_a_local_release_by_its_whole_path(
+    releases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(releases)
+
+    get_peft_model(AutoLoramModel.from_pretrained("llama-nf4"), LoraConfig(r=2)).save_pretrained(tmp_path)
+
+    named = json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(releases / "llama-nf4")
+
+
+def test_every_file_of_a_release_has_the_usual_permissions(releases: Path) -> None:
+    modes = {path.name: path.stat().st_mode for path in (releases / "llama-nf4").iterdir()}
+
+    assert modes["mask_index.safetensors"] == modes["config.json"]

@@ -89,7 +89,7 @@ def test_peaks_of_taylor_are_those_of_processes_that_did_the_work() -> None:
     figures = quick("taylor_memory")["figures"]
 
     peaks = [run["peak_rss"] for kind in ("streamed", "full") for run in figures[kind].values()]
-    assert len(peaks) == 4
+    assert len(peaks) == 2
     assert min(peaks) > figures["import_rss"] > 50e6  # torch alone is more
 
 

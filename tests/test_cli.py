@@ -160,6 +160,8 @@ def test_prune_quantize_info_verify_recover_and_merge_go_hand_in_hand(base: Path
         (["prune", "{empty}", "{out}"], 3, "no config.json"),
         (["info", "{base}"], 3, "no LoRAM release"),
         (["verify", "{altered}"], 3, "config.json"),
+        (["prune", "{base}", "{out}", "--importance", "nonsense", "--dry-run"], 2, "Importance"),
+        (["prune", "{base}", "{base}", "--importance", "random", "--overwrite"], 2, "overlap"),
         (["plan", "{foreign}"], 4, "mixtral"),
         (["plan", "org/some-model"], 5, "org/some-model"),
     ],

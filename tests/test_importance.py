@@ -130,6 +130,13 @@ def test_streamed_taylor_reads_the_tied_embedding_where_there_is_no_lm_head(tmp_
     assert_equal_to_full_backward(base, "param_first")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_checkpoints_are_scored_in_fp32_on_the_cpu(tmp_path: Path, dtype: str) -> None:
+    base = save_base(tmp_path / "base", tiny_config(), dtype=dtype)
+
+    assert_equal_to_full_backward(base, "param_first")
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_batch_size_does_not_change_the_scores(tmp_path: Path, batch_size: int) -> None:
     base = base_model(tmp_path / "base", "llama")

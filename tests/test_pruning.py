@@ -287,6 +287,35 @@ def test_a_base_that_is_quantized_itself_is_refused(tmp_path: Path) -> None:
     refused(UnsupportedModelError, "gptq", base, tmp_path / "out")
 
 
+def test_a_release_is_not_written_over_its_own_base(tmp_path: Path) -> None:
+    base = base_model(tmp_path / "base")
+    before = (base / "model.safetensors").read_bytes()
+
+    for out in (base, base / "inside", tmp_path):
+        refused(InvalidRequestError, "overlap|mount", base, out, overwrite=True)
+
+    assert (base / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"seed": -1}, {"device": "nodev"}, {"keep_first": True}, {"round_to": 2.5}, {"pruning_ratio": "0.5"}],
+    ids=str,
+)
+def test_arguments_of_the_wrong_kind_are_refused_before_anything_is_read(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    refused(InvalidRequestError, next(iter(wrong)), base_model(tmp_path / "base"), tmp_path / "out", **wrong)
+
+
+def test_calibration_of_floats_is_refused_and_a_base_without_tokenizer_told_apart(tmp_path: Path) -> None:
+    base = base_model(tmp_path / "base")
+    floats = np.full((2, 8), 1.7)
+
+    refused(InvalidRequestError, "whole numbers", base, tmp_path / "out", importance="taylor", calibration=floats)
+    for path in base.glob("tokenizer*"):
+        path.unlink()
+    refused(CheckpointError, "tokenizer", base, tmp_path / "out", importance="taylor", calibration=["w5 " * 9999])
+
+
 def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
     base = base_model(tmp_path / "base")
     (tmp_path / "out").mkdir()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from loram_hub.adapter.config import parse_config
+from loram_hub.adapter.config import VOCABULARY_REMEDY, parse_config
 from loram_hub.adapter.reading import Adapter, build_adapter
 from loram_hub.adapter.tensors import DTYPES, Factor, factor_names
 from loram_hub.errors import UnsupportedAdapterError
@@ -13,6 +13,8 @@ from loram_hub.errors import UnsupportedAdapterError
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
 
 
 def read_model(model: PeftModel) -> Adapter:
@@ -24,6 +26,7 @@ def read_model(model: PeftModel) -> Adapter:
     """
     from peft import get_peft_model_state_dict
 
+    _refuse_resized(model)
     names = model.active_adapters
     if len(names) != 1:
         raise UnsupportedAdapterError(f"The model has the adapters {names} active; choose one with set_adapter.")
@@ -33,6 +36,17 @@ def read_model(model: PeftModel) -> Adapter:
     state = get_peft_model_state_dict(model, adapter_name=names[0], save_embedding_layers=False)
     tensors = ((name, _to_numpy(state[name], name)) for name in factor_names(list(state), source=source))
     return build_adapter(config, tensors, source=source, record={})
+
+
+def _refuse_resized(model: PeftModel) -> None:
+    base = model.get_base_model()
+    release = getattr(base, "loram", None)
+    rows = cast("nn.Embedding", cast("PreTrainedModel", base).get_input_embeddings()).weight.shape[0]
+    if release is not None and rows != release.architecture.vocab_size:
+        raise UnsupportedAdapterError(
+            f"The model's embedding has {rows:,} rows, its release's {release.architecture.vocab_size:,}. "
+            f"{VOCABULARY_REMEDY}"
+        )
 
 
 def _to_numpy(tensor: torch.Tensor, name: str) -> Factor:

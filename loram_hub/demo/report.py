@@ -21,13 +21,13 @@ class DemoSettings:
     """Rows of text for Taylor importance."""
     calibration_tokens: int = 128
     """Tokens per row."""
-    steps: int = 40
+    steps: int = 30
     """Optimizer steps."""
     batch_size: int = 16
     """Tasks per step."""
     learning_rate: float = 1e-3
     """Of AdamW, falling to zero along a cosine; LoRA has r 8 and alpha 16 on all projections."""
-    held_out: int = 200
+    held_out: int = 150
     """Held-out tasks that are scored."""
     seed: int = 0
     """Of calibration, order of tasks and LoRA's initial factors."""
