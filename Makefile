@@ -12,6 +12,9 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip
 PYTEST_ARGS ?=
 
+# Spinning OpenMP threads cost several times their worth as soon as anything else runs on the same cores.
+export OMP_WAIT_POLICY ?= passive
+
 TORCH ?= torch==2.13.0
 # On Linux the usual index serves torch with several gigabytes of CUDA libraries. Without an NVIDIA GPU the CPU build will do.
 ifeq ($(shell uname -s),Linux)

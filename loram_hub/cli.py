@@ -14,6 +14,7 @@ import json
 import logging
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -78,6 +79,8 @@ def main(debug: bool, quiet: bool) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     logging.getLogger("loram_hub").setLevel(level)
+    # transformers 5.23 renamed it; peft and trl still use the old name, and users can do nothing about that.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
     if quiet:
         from huggingface_hub.utils import disable_progress_bars
 

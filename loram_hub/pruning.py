@@ -48,6 +48,8 @@ Calibration: TypeAlias = torch.Tensor | npt.NDArray[np.int64] | str | os.PathLik
 
 CALIBRATION_SAMPLES = 32
 """Rows of calibration when texts are given; LLM-Pruner uses 10 of 64 tokens."""
+CALIBRATION_RECORDS = 10_000
+"""Records read at most: a dataset on the Hub may have billions."""
 CALIBRATION_TOKENS = 128
 """Tokens per row of calibration when texts are given."""
 
@@ -265,7 +267,7 @@ def _calibration(given: Calibration, folder: Path, seed: int) -> torch.Tensor:
             f"{folder} has no tokenizer that transformers can open, which calibration texts need: {err} "
             "Add one, or give calibration as token ids."
         ) from err
-    texts = read_texts(given)
+    texts = read_texts(given, limit=CALIBRATION_RECORDS)
     return calibration_ids(texts, tokenizer, samples=CALIBRATION_SAMPLES, tokens=CALIBRATION_TOKENS, seed=seed)
 
 

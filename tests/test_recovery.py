@@ -437,11 +437,55 @@ def test_a_recorded_plan_digest_is_held_against_the_release(case: Case) -> None:
     assert recover(adapter, case.out).base_id == "org/base"
 
 
-def test_a_release_that_the_adapter_names_but_is_gone_does_not_matter(case: Case) -> None:
+def test_a_release_that_the_adapter_names_but_is_gone_is_warned_of(
+    case: Case, caplog: pytest.LogCaptureFixture
+) -> None:
     adapter = case.adapter(base="org/gone")
     refused(case, AccessError, "org/gone", adapter)
 
     assert recover(adapter, case.out, release=case.release).base_id == "org/base"
+    assert "cannot be compared" in caplog.text
+    assert "org/gone" in caplog.text
+
+
+def test_a_release_folder_that_was_moved_is_told_so_and_not_looked_for_on_the_hub(case: Case) -> None:
+    adapter = case.adapter(base=case.folder / "moved")
+
+    refused(case, CheckpointError, "moved", adapter)
+
+
+def test_an_adapter_put_on_another_release_of_equal_shapes_is_refused_live(tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from loram_hub.auto import AutoLoramModel
+    from loram_hub.pruning import prune
+
+    base = save_base(tmp_path / "base", tiny_config())
+    for name, seed in (("first", 0), ("other", 1)):
+        prune(base, tmp_path / name, pruning_ratio=0.5, importance="random", keep_first=1, keep_last=1, seed=seed)
+    trained = get_peft_model(
+        AutoLoramModel.from_pretrained(tmp_path / "first"), LoraConfig(r=2, target_modules=list(SEVEN))
+    )
+    trained.save_pretrained(str(tmp_path / "adapter"))
+
+    mixed = PeftModel.from_pretrained(AutoLoramModel.from_pretrained(tmp_path / "other"), str(tmp_path / "adapter"))
+
+    with pytest.raises(PlanMismatchError, match="other channel groups"):
+        recover(mixed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_live_model_with_a_resized_vocabulary_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from loram_hub.auto import AutoLoramModel
+
+    model = AutoLoramModel.from_pretrained(small_release(tmp_path), dtype="float32")
+    model.resize_token_embeddings(60, mean_resizing=False)
+    live = get_peft_model(model, LoraConfig(r=2, target_modules=list(SEVEN)))
+
+    with pytest.raises(UnsupportedAdapterError, match="60 rows"):
+        recover(live, tmp_path / "out")
 
 
 def test_a_recovered_adapter_is_not_recovered_again(case: Case) -> None:
