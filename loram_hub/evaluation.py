@@ -149,6 +149,8 @@ def evaluate(
         >>> evaluate("held_out.jsonl", base="org/model", recovered="out/recovered").to_dict()  # doctest: +SKIP
     """
     _check_models(base=base, release=release, adapter=adapter, recovered=recovered)
+    if batch_size < 1:
+        raise InvalidRequestError(f"batch_size is {batch_size}; at least 1 sequence is needed.")
     where = device or "cpu"
     chosen = dtype or supported_dtype(where.partition(":")[0])
     base_folder = None if base is None else str(resolve(base).folder)

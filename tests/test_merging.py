@@ -288,3 +288,27 @@ def test_overflow_and_bad_arguments_are_refused(tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "precious").write_text("x")
     refused(tmp_path, InvalidRequestError, "already exists", base, adapter)
+
+
+def test_a_weight_that_no_adapter_touches_may_not_overflow_the_asked_type_either(tmp_path: Path) -> None:
+    config = tiny_config()
+    base = save_base(tmp_path / "base", config)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e6
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = save_full_adapter(tmp_path / "adapter", config)
+
+    with pytest.raises(VerificationError, match=r"model\.norm\.weight.*overflows"):
+        merge(base, adapter, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_merging_over_an_input_is_refused(tmp_path: Path) -> None:
+    config = tiny_config()
+    base = save_base(tmp_path / "base", config)
+    adapter = save_full_adapter(tmp_path / "adapter", config)
+
+    for out in (base, adapter):
+        with pytest.raises(InvalidRequestError, match="overlap"):
+            merge(base, adapter, out, overwrite=True)
+    assert (adapter / "adapter_model.safetensors").exists()

@@ -236,6 +236,12 @@ def test_a_ratio_that_empties_a_layer_is_refused(tmp_path: Path) -> None:
     refused(InvalidRequestError, "at least one", base_model(tmp_path / "base"), tmp_path / "out", pruning_ratio=0.999)
 
 
+def test_an_impossible_ratio_fails_before_calibration_is_looked_at(tmp_path: Path) -> None:
+    base = base_model(tmp_path / "base")
+
+    refused(InvalidRequestError, "at least one", base, tmp_path / "out", pruning_ratio=0.999, importance="taylor")
+
+
 def test_keeping_every_layer_whole_is_refused(tmp_path: Path) -> None:
     refused(InvalidRequestError, "none of the 3 layers", base_model(tmp_path / "base"), tmp_path / "out", keep_first=3)
 
