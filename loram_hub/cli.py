@@ -50,6 +50,7 @@ class _LoramGroup(click.Group):
         except OSError as err:
             code = EXIT_RESOURCE if err.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT_UNEXPECTED
             _fail(f"{type(err).__name__}: {err}. --debug shows where.", code, type(err).__name__, reraise=err)
+        # The border to the user: whatever is left becomes one message and exit code 1, with --debug the traceback.
         except Exception as err:
             out_of_memory = type(err).__name__ == "OutOfMemoryError"  # torch's, which derives from RuntimeError
             code = EXIT_RESOURCE if out_of_memory else EXIT_UNEXPECTED
