@@ -36,7 +36,7 @@ def test_the_wheel_holds_the_package_and_the_card_templates_and_nothing_else(whe
     expected = {path.relative_to(ROOT).as_posix() for path in tracked if "__pycache__" not in path.parts}
     assert {n.removeprefix("loram_hub/") if n.startswith("loram_hub/model_cards/") else n for n in names} == expected
     assert {name.split("/")[0] for name in names} == {"loram_hub"}
-    assert {"loram_hub/py.typed", "loram_hub/cli.py", "loram_hub/model_cards/README.md"} <= names
+    assert {"loram_hub/py.typed", "loram_hub/cli/__init__.py", "loram_hub/model_cards/README.md"} <= names
 
 
 def test_the_wheel_states_name_licence_and_command(wheel: zipfile.ZipFile) -> None:

@@ -1,23 +1,23 @@
-"""The only module that talks to the network: names of models, releases and adapters become local folders.
+"""Names of models, releases and adapters become local folders.
 
 A name is a folder if one exists under it, else a Hub id. Everything is fetched by huggingface_hub into its cache, at
-one commit.
+one commit, and compared with the hash that the Hub states for it: the client itself compares sizes alone.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import HFValidationError
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 
-from loram_hub.errors import AccessError, CheckpointError
+from loram_hub.digests import git_sha1_of, remembered_sha256
+from loram_hub.errors import CheckpointError, VerificationError
+from loram_hub.hub.access import access_errors, persistently
 
 CHECKPOINT_FILES = (
     "*.json",
@@ -33,11 +33,13 @@ CHECKPOINT_FILES = (
 )
 """What is fetched of a model: never pickles, never code."""
 
-METADATA_FILES = ("*.json", "mask_index.safetensors")
-"""What recovery needs of a release: manifest, mask indexes, config."""
+METADATA_FILES = ("loram.json", "mask_index.safetensors", "config.json")
+"""What recovery needs of a release: manifest, mask indexes, the base's config."""
 
 # How huggingface_hub lays its cache out. Hub names may hold single hyphens, never two in a row.
 _SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHA1 = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,11 +76,15 @@ def resolve(
     Raises:
         CheckpointError: neither a folder nor a possible Hub id.
         AccessError: the repository does not exist, is gated or private, or the Hub cannot be reached.
+        VerificationError: a file in the cache is not what the Hub says it holds, and cannot be fetched anew.
+        ResourceError: the disk is full.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return source_of(folder)
-    with _access_errors(str(name)):
+    offline = local_files_only or constants.HF_HUB_OFFLINE
+
+    def download() -> list[Path]:
         snapshot = snapshot_download(
             str(name),
             revision=revision,
@@ -87,7 +93,11 @@ def resolve(
             local_files_only=local_files_only,
             allow_patterns=list(files),
         )
-    return source_of(Path(snapshot))
+        present = {path.relative_to(snapshot).as_posix(): path for path in Path(snapshot).rglob("*") if path.is_file()}
+        wanted = filter_repo_objects(present, allow_patterns=list(files))
+        return [Path(snapshot), *(present[found] for found in sorted(wanted))]
+
+    return source_of(_download_checked(str(name), download, offline=offline)[0])
 
 
 def source_of(folder: Path) -> Source:
@@ -115,32 +125,40 @@ def resolve_config(
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} is no checkpoint: it has no config.json.")
         return path / "config.json"
-    with _access_errors(str(name)):
-        return Path(hf_hub_download(str(name), "config.json", revision=revision, token=token))
+
+    def download() -> list[Path]:
+        return [Path(hf_hub_download(str(name), "config.json", revision=revision, token=token))]
+
+    return _download_checked(str(name), download, offline=constants.HF_HUB_OFFLINE)[0]
 
 
-@contextmanager
-def _access_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except HFValidationError as err:
-        raise CheckpointError(f"{name!r} is neither an existing folder nor a Hub id (org/name).") from err
-    except GatedRepoError as err:
-        raise AccessError(
-            f"{name} is gated: accept its terms on its Hub page and log in with 'hf auth login' (or pass token=...)."
-        ) from err
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as err:
-        raise AccessError(
-            f"{name} is no local folder, is not in the Hub cache, and the Hub was not reached "
-            f"(offline mode, or no network): {err}"
-        ) from err
-    except HfHubHTTPError as err:
-        status = err.response.status_code if err.response is not None else None
-        hint = (
-            "It does not exist, or is private and you are not logged in."
-            if status in (401, 403, 404)
-            else "Try again later."
+def _download_checked(name: str, download: Callable[[], list[Path]], *, offline: bool) -> list[Path]:
+    """Download until every file has the content that the Hub states for it; what is damaged is fetched once more."""
+    with access_errors(name):
+        paths = persistently(download)
+        damaged = [path for path in paths if not _has_stated_content(path)]
+        if damaged and not offline:
+            for path in damaged:
+                Path(os.path.realpath(path)).unlink()
+                path.unlink()
+            paths = persistently(download)
+            damaged = [path for path in paths if not _has_stated_content(path)]
+    if damaged:
+        remedy = "Go online, and it is fetched again." if offline else "Is a proxy between you and the Hub?"
+        raise VerificationError(
+            f"{damaged[0].name} of {name} is not what the Hub says it holds ({len(damaged)} files damaged). {remedy}"
         )
-        raise AccessError(f"{name} is no local folder, and the Hub answered {status} for it. {hint}") from err
-    except OSError as err:
-        raise AccessError(f"{name} is no local folder, and the Hub could not be reached: {err}") from err
+    return paths
+
+
+def _has_stated_content(path: Path) -> bool:
+    """Whether a file in the cache has the hash that it is named by; true for what the cache names otherwise.
+
+    The cache keeps content under the ETag that the Hub sent: the SHA-256 of LFS files, git's blob id of the others.
+    """
+    blob = Path(os.path.realpath(path))
+    if not path.is_symlink() or blob.parent.name != "blobs":
+        return True
+    if _SHA256.fullmatch(blob.name):
+        return remembered_sha256(blob) == blob.name
+    return _SHA1.fullmatch(blob.name) is None or git_sha1_of(blob) == blob.name

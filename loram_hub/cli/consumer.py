@@ -1,0 +1,145 @@
+"""Commands of those who train on releases, and of whoever wants to look at one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loram_hub.cli.group import main
+from loram_hub.cli.options import hub_options, json_option, write_options
+from loram_hub.cli.output import jsonable, print_info, print_result, print_table, size_text, suggest
+
+
+@main.command(name="info", epilog="Example: loram info org/Llama-3.1-70B-LoRAM-0.85")
+@click.argument("release")
+@hub_options
+@json_option
+def show_info(release: str, revision: str | None, token: str | None, as_json: bool) -> None:
+    """Describe RELEASE (Hub id or folder): base, pruning, sizes."""
+    from loram_hub import info
+
+    described = info(release, revision=revision, token=token)
+    print_result(described, as_json, lambda: print_info(described))
+
+
+@main.command(epilog="Example: loram verify org/Llama-3.1-70B-LoRAM-0.85")
+@click.argument("release")
+@hub_options
+@json_option
+def verify(release: str, revision: str | None, token: str | None, as_json: bool) -> None:
+    """Check every byte of RELEASE against its manifest, and its plan against its config."""
+    from loram_hub import verify as verify_release
+
+    found = verify_release(release, revision=revision, token=token)
+    files = found.manifest.files
+    result = {"intact": True, "files": len(files), "bytes": sum(entry.size for entry in files.values())}
+    print_result(result, as_json, lambda: click.echo(f"Intact: {result['files']} files, {size_text(result['bytes'])}."))
+
+
+@main.command(epilog="Example: loram recover outputs/checkpoint-400 my-adapter")
+@click.argument("adapter")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--release", help="The release it was trained on, folder or Hub id. Default: what the adapter itself names."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Type of the written factors.",
+)
+@write_options
+@hub_options
+@json_option
+def recover(adapter: str, out: Path, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """Recover ADAPTER, trained on a release, to full size in OUT; works without torch and without weights."""
+    from loram_hub import recover as recover_adapter
+
+    recovered = recover_adapter(adapter, out, **options)
+    result = jsonable(asdict(recovered)) | {"dry_run": options["dry_run"]}
+
+    def show() -> None:
+        verb = "Would write" if options["dry_run"] else "Wrote"
+        click.echo(
+            f"{verb} {recovered.folder}: {len(recovered.modules)} modules, rank {recovered.rank}, "
+            f"alpha {recovered.alpha}, {size_text(recovered.nbytes)}, for {recovered.base_id}."
+        )
+        lora = ("--enable-lora", "--max-lora-rank", recovered.max_lora_rank, "--lora-modules")
+        suggest("vllm serve", recovered.base_id, *lora, f"tuned={recovered.folder}")
+
+    print_result(result, as_json, show)
+
+
+@main.command(epilog="Example: loram merge meta-llama/Llama-3.1-70B my-adapter merged")
+@click.argument("base")
+@click.argument("adapter")
+@click.argument("out", type=click.Path(path_type=Path))
+@write_options
+@hub_options
+@json_option
+def merge(base: str, adapter: str, out: Path, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """Merge the full-size ADAPTER into BASE, tensor by tensor, and write the model to OUT."""
+    from loram_hub import merge as merge_adapter
+
+    merged = merge_adapter(base, adapter, out, **options)
+    result = jsonable(asdict(merged)) | {"dry_run": options["dry_run"]}
+
+    def show() -> None:
+        verb = "Would write" if options["dry_run"] else "Wrote"
+        click.echo(
+            f"{verb} {merged.folder}: {merged.merged} of {merged.tensors} tensors changed, {size_text(merged.nbytes)}."
+        )
+        suggest("vllm serve", merged.folder)
+
+    print_result(result, as_json, show)
+
+
+@main.command(
+    name="eval",
+    epilog="Example: loram eval held_out.jsonl --base org/model --release R --adapter A --recovered my-adapter",
+)
+@click.argument("data")
+@click.option("--base", help="The original model.")
+@click.option("--release", help="The pruned model.")
+@click.option("--adapter", help="The adapter trained on the release.")
+@click.option("--recovered", help="The recovered adapter, for the base.")
+@click.option("--max-tokens", type=int, default=1024, show_default=True, help="Longest sequence.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences per forward pass.")
+@click.option("--limit", type=int, help="Read at most this many records.")
+@click.option("--device", help="Where to run, for example cuda. Default: cpu.")
+@json_option
+def evaluate(data: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """Compare test loss and perplexity on DATA: texts or prompt/completion records (file, folder or dataset id)."""
+    from loram_hub import evaluate as evaluate_models
+
+    table = evaluate_models(data, **options)
+    rows = [
+        (
+            row.model,
+            f"{row.loss:.4f}",
+            "-" if row.perplexity is None else f"{row.perplexity:.2f}",
+            f"{row.parameters:,}",
+        )
+        for row in table.rows
+    ]
+    print_result(table.to_dict(), as_json, lambda: print_table(("model", "loss", "perplexity", "parameters"), rows))
+
+
+@main.command(epilog="Example: loram demo --model Qwen/Qwen3-0.6B --steps 100")
+@click.option("--model", help="Folder or Hub id of any supported model. Default: SmolLM2-135M-Instruct from its wheel.")
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Where everything goes. Default: ./loram-demo.")
+@click.option("--pruning-ratio", type=float, help="Share removed, in [0, 1).")
+@click.option("--steps", type=int, help="Optimizer steps of the fine-tuning.")
+@click.option("--device", help="Where models run, for example cuda. Default: cpu.")
+@json_option
+def demo(model: str | None, work_dir: Path | None, device: str | None, as_json: bool, **chosen: Any) -> None:  # noqa: ANN401
+    """Run the whole loop on a small real model: prune, quantize, fine-tune, recover, evaluate."""
+    from loram_hub.demo import DemoSettings, run_demo
+
+    settings = DemoSettings(**{name: value for name, value in chosen.items() if value is not None})
+    report = run_demo(model, work_dir, settings=settings, device=device)
+    print_result(report.to_dict(), as_json, lambda: click.echo(str(report)))
