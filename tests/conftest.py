@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import live_hub  # noqa: F401 (takes the token of the live suite before HF_TOKEN is dropped below)
 import pytest
 from hypothesis import HealthCheck, settings
 
