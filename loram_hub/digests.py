@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,16 +38,21 @@ class _Identity:
     ctime_ns: int
 
 
-def remembered_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits, from memory if the file is the one that was hashed."""
+def remembered_sha256(path: Path, *, read: Callable[[Path], str] = sha256_of) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits, from memory if the file is the one that was hashed.
+
+    Args:
+        path: the file.
+        read: hashes a file that is not remembered. What else it checks of the content is remembered with the hash.
+    """
     real = Path(os.path.realpath(path))
-    record = _record_of(real)
+    record = _record_of(real, read)
     identity = _identity_of(real)
     known = _recall(record, identity)
     if known is not None:
         return known
     started = time.time_ns()
-    digest = sha256_of(real)
+    digest = read(path)
     if _identity_of(real) == identity and identity.ctime_ns < started - _MARGIN_NS:
         with suppress(OSError):  # a cache that cannot be written costs time, nothing else
             _remember(record, identity, digest)
@@ -75,8 +81,8 @@ def _identity_of(path: Path) -> _Identity:
     )
 
 
-def _record_of(path: Path) -> Path:
-    name = hashlib.sha256(os.fsencode(path)).hexdigest()
+def _record_of(path: Path, read: Callable[[Path], str]) -> Path:
+    name = hashlib.sha256(read.__name__.encode() + b"\0" + os.fsencode(path)).hexdigest()
     return Path(constants.HF_HOME) / "loram" / "sha256" / f"{name}.json"
 
 
