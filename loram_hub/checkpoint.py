@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from loram_hub.errors import CheckpointError, VerificationError
 from loram_hub.files import MAX_INDEX_BYTES, dump_json, read_json, resource_errors
+from loram_hub.tensors import TensorInfo as TensorInfo
+from loram_hub.tensors import read_headers as read_headers
 
 if TYPE_CHECKING:
     import torch
@@ -43,32 +43,24 @@ COMPANIONS = (
 )  # fmt: skip
 """What travels with a model besides config and weights: tokenizer, generation defaults, licence. Never code."""
 
+_NO_COMPANIONS = (
+    ".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".cmd", ".ps1", ".js", ".html", ".htm",
+    ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".zip", ".safetensors",
+)  # fmt: skip
+# What may lie beside a finished release, by folder: the Hub shows all of it and loads none.
+_BESIDE: Mapping[str, tuple[str, ...]] = {
+    "": (*COMPANIONS, "README.md", "*.png", "*.svg", ".gitattributes"),
+    "additional_chat_templates": ("*.jinja",),
+    "pictures": ("*.png",),
+    ".eval_results": ("*.yaml",),
+}
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 _ALIGNMENT = 8
-_ITEM_BYTES: Mapping[str, int] = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
 _CODES: Mapping[str, str] = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
     "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
     "torch.bool": "BOOL",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where a tensor lies and what it is, from the header alone."""
-
-    file: Path
-    dtype: str
-    """safetensors code: `BF16`, `F32`, `U8`, ..."""
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the data in bytes."""
-        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 1)
 
 
 class Checkpoint:
@@ -143,13 +135,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file, by its name inside the folder, is a tokenizer, licence, card or picture."""
-    patterns = (*COMPANIONS, "README.md", "*.png", "*.svg")
-    return "/" not in name and not _may_hold_code(name) and any(fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a file, by its name inside the folder, is a tokenizer, licence, card, picture or evaluation result."""
+    inside, _, leaf = name.rpartition("/")
+    patterns = _BESIDE.get(inside, ())
+    return not _may_hold_code(name) and any(fnmatchcase(leaf, pattern) for pattern in patterns)
 
 
 def _may_hold_code(name: str) -> bool:
-    return name.endswith((".py", ".bin", ".pt", ".pth", ".pkl", ".safetensors"))
+    return name.lower().endswith(_NO_COMPANIONS)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -158,23 +151,6 @@ def copy_companions(source: Path, target: Path) -> None:
         for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
             if path.is_file() and not _may_hold_code(path.name):
                 shutil.copyfile(path, target / path.name)
-
-
-def read_headers(file: Path) -> dict[str, TensorInfo]:
-    """Read name, dtype and shape of every tensor of a safetensors file, without its data.
-
-    Raises:
-        VerificationError: the file is truncated or its header is damaged.
-    """
-    try:
-        with safe_open(file, framework="np") as shard:
-            infos = {}
-            for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-                view = shard.get_slice(name)
-                infos[name] = TensorInfo(file, view.get_dtype(), tuple(view.get_shape()))
-    except (SafetensorError, OSError, ValueError) as err:
-        raise VerificationError(f"{file} is not a sound safetensors file: {err}") from err
-    return infos
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -11,6 +11,11 @@ class LoramError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """Return the message as one printable line: names in it may come from untrusted files and hold anything."""
+        text = super().__str__().replace("\n", " ")
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
 
 class InvalidRequestError(LoramError, ValueError):
     """An argument is outside its domain: a ratio of 1.2, a calibration set that is too short (exit code 2)."""

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
-from typing import Any
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+from loram_hub.adapter import check_adapter, check_base, pinned_revision
 from loram_hub.architecture import architecture_of
+from loram_hub.checkpoint import read_config
+from loram_hub.errors import AccessError, IncompatibleError, InvalidRequestError, UnsupportedModelError
 from loram_hub.files import read_json
-from loram_hub.hub import METADATA_FILES, resolve, resolve_config
+from loram_hub.hub import METADATA_FILES, Source, resolve, resolve_config, source_of
+from loram_hub.manifest import MANIFEST
 from loram_hub.plan import ParameterCounts, PruningSettings, parameter_counts, planned_sizes
-from loram_hub.release import Release, base_config_of, open_metadata
+from loram_hub.release import (
+    ADAPTER_CONFIG,
+    Release,
+    base_config_of,
+    check_base_config,
+    compare_weights,
+    is_release,
+    open_metadata,
+    refuse_incomparable,
+)
 from loram_hub.release import verify as verify_folder
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def count_parameters(
@@ -86,15 +103,166 @@ def info(
     }
 
 
-def verify(release: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Release:
-    """Check every byte of a release, in a folder or on the Hub, against its manifest, and its plan against its config.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
+    """A release or adapter in which nothing wrong was found."""
+
+    kind: Literal["release", "recovered adapter", "PEFT adapter"]
+    """What it is."""
+    id: str
+    """Hub id; for a local folder the folder's name."""
+    commit: str | None
+    """Commit on the Hub; None for a local folder."""
+    files: int
+    """Number of files that were checked."""
+    nbytes: int
+    """Their size in bytes."""
+    checked: tuple[str, ...]
+    """What was checked, a phrase each."""
+    not_checked: tuple[str, ...]
+    """What was not, a phrase each with the reason."""
+    release: Release | None = None
+    """The release, if it is one."""
+
+
+def verify(
+    target: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    full: bool = False,
+    base: str | os.PathLike[str] | None = None,
+) -> Verified:
+    """Check every byte and every claim of a release or an adapter, in a folder or on the Hub.
+
+    A release is checked against its manifest, its plan and its config; an adapter against its config, its record and,
+    if its config is at hand, its base model. A local folder is checked without the network, unless `base` or `full`
+    ask for it.
+
+    Args:
+        target: folder or Hub id of a release or adapter.
+        revision: of a Hub id.
+        token: of the Hub.
+        full: also compare the kept weights of a release with the base's, bit by bit. The base is read whole, and
+            downloaded if it is not here.
+        base: folder or Hub id of the base model; None for the one that the target names, where that is needed.
 
     Returns:
-        The release, if it is intact.
+        What was checked, and what could not be.
 
     Raises:
-        VerificationError: names the first file that differs, is missing or was added.
-        IncompatibleError: the format is newer, or weights and plan do not fit.
+        VerificationError: names the first file that differs, is missing or was added, or what it must not hold.
+        IncompatibleError: the format is newer; weights, plan and config do not fit; or the base is another.
+        InvalidRequestError: `full` of something whose weights are not the base's own.
         AccessError: the Hub refused or could not be reached.
     """
-    return verify_folder(resolve(release, revision=revision, token=token).folder)
+    source = resolve(target, revision=revision, token=token, compare=False)  # the checks bring hashes of their own
+    if (source.folder / ADAPTER_CONFIG).is_file() and not is_release(source.folder):
+        if full:
+            raise InvalidRequestError(f"{target} is an adapter: it has no weights of a base model to compare.")
+        return _verify_adapter(resolve(target, revision=source.commit, token=token), base, token)
+    opened = verify_folder(source.folder)
+    checked, not_checked = list(_CHECKED), list(_NEVER_CHECKED)
+    if full:
+        refuse_incomparable(opened)
+    if base is not None or full:
+        checked.append(_check_base(opened, base, token, full=full))
+    if not full:
+        not_checked.append("kept weights against the base's: --full does that, where nothing was trained or quantized")
+    if base is None and not full:
+        not_checked.append("the base's config and commit: --base does that")
+    entries = opened.manifest.files
+    return Verified(
+        kind="release",
+        id=source.id,
+        commit=source.commit,
+        files=len(entries) + 1,
+        nbytes=sum(entry.size for entry in entries.values()) + (source.folder / MANIFEST).stat().st_size,
+        checked=tuple(checked),
+        not_checked=tuple(not_checked),
+        release=opened,
+    )
+
+
+_CHECKED = (
+    "names, kinds and links of all files",
+    "size and SHA-256 of every file that the manifest lists, and the manifest's own",
+    "configs: no code, no other files, quantization as the manifest says, sizes in bounds",
+    "mask indexes: type, order, range, and the plan that the manifest names",
+    "weights: every tensor of the plan and no other, type and shape of each, no NaN or infinity",
+    "NF4: lengths, block sizes, code tables, scales",
+    "the manifest's parameter counts and ratio against the plan",
+)
+_NEVER_CHECKED = ("whether the weights are good: loram eval measures that",)
+
+
+def _check_base(release: Release, base: str | os.PathLike[str] | None, token: str | bool | None, *, full: bool) -> str:
+    """Compare a release with its base; returns what was compared."""
+    named = release.manifest.base
+    if base is None and named.commit is None:
+        raise InvalidRequestError(
+            f"The release was pruned from a local folder, {named.id!r}; say where it is with --base."
+        )
+    wanted = named.id if base is None else base
+    commit = named.commit if str(wanted) == named.id else None
+    config = resolve_config(wanted, revision=commit, token=token)
+    found = source_of(config.parent)
+    if found.id == named.id and named.commit is not None and found.commit not in (None, named.commit):
+        raise IncompatibleError(
+            f"{config.parent} is {found.id} at commit {found.commit}; the release was pruned from {named.commit}. "
+            "Give that commit."
+        )
+    check_base_config(release, config)
+    if not full:
+        return "the base's config and commit"
+    nbytes = compare_weights(release, resolve(wanted, revision=commit, token=token).folder)
+    return f"the base's config and commit, and {nbytes:,} bytes of kept weights, bit by bit"
+
+
+def _verify_adapter(source: Source, base: str | os.PathLike[str] | None, token: str | bool | None) -> Verified:
+    folder, why_not = _base_of(source, base, token)
+    architecture = None
+    if folder is not None:
+        check_base(source.folder, folder, commit=source_of(folder).commit)
+        architecture = architecture_of(read_config(folder))
+    found = check_adapter(source.folder, architecture=architecture)
+    checked = [
+        "names, kinds and links of all files",
+        "settings: plain LoRA, no code",
+        "factors: none missing, no other tensors, ranks, no NaN or infinity",
+    ]
+    checked += ["size and SHA-256 of weights and config, as recorded"] if found.record is not None else []
+    checked += [] if architecture is None else ["modules and shapes against the base model's config"]
+    return Verified(
+        kind=found.kind,
+        id=source.id,
+        commit=source.commit,
+        files=len(found.files),
+        nbytes=found.nbytes,
+        checked=tuple(checked),
+        not_checked=(*found.not_checked, *([] if why_not is None else [why_not])),
+    )
+
+
+def _base_of(
+    source: Source, base: str | os.PathLike[str] | None, token: str | bool | None
+) -> tuple[Path | None, str | None]:
+    """Find the config of an adapter's base: the folder it lies in, or why it is not looked at.
+
+    A folder is checked without the network unless the base was named. An adapter from the Hub may name its base by its
+    Hub id; whatever else it names could be a path of this machine, which is none of its business.
+    """
+    if base is not None:
+        revision = pinned_revision(source.folder, base)
+        return resolve_config(base, revision=revision, token=token).parent, None
+    named = read_json(source.folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if source.commit is None:
+        return None, "the base model was not looked up for a local folder: --base does that"
+    if not isinstance(named, str) or _HUB_ID.fullmatch(named) is None or Path(named).exists():
+        return None, f"the base model is named {named!r:.100}, which is no Hub id"
+    try:
+        config = resolve_config(named, revision=pinned_revision(source.folder, named), token=token)
+        architecture_of(read_config(config.parent))
+    except (AccessError, UnsupportedModelError) as err:
+        return None, f"the base model {named} could not be looked at: {err}"
+    return config.parent, None

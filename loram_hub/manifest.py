@@ -1,25 +1,38 @@
 """`loram.json`: where a release comes from, how it was made, and the hash of every file in it.
 
-See docs/format.md for the fields. Reading is strict: an unknown format version, a missing field or a wrong type is an
-error.
+See docs/format.md for the fields. Reading is strict: an unknown format version, a missing field, a wrong type, a hash
+that is none or text that could steer a terminal is an error. The file seals itself, so a flipped bit in it is found.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 from loram_hub.errors import IncompatibleError, VerificationError
-from loram_hub.files import dump_json, read_json, sha256_of
+from loram_hub.files import read_json, sha256_of
+from loram_hub.plan import NF4_BLOCK
+from loram_hub.seals import check_seal, seal
 
 MANIFEST = "loram.json"
 FORMAT = 1
 """Version of the release format that this package writes; it reads this one and none newer."""
 
+NF4_DESCRIPTION: Mapping[str, Any] = {"type": "nf4", "block": NF4_BLOCK, "double_quant": True}
+"""What the manifest says of an NF4 release, besides `dtype`."""
+FLOAT_TYPES = ("bfloat16", "float16", "float32")
+"""Types that the unquantized weights of an NF4 release may have."""
+METHOD = "structured"
+"""The one way of pruning that format 1 has."""
+
+_MAX_PARAMETERS = 10**15
+_MAX_TEXT = 256
+_HEX = re.compile(r"[0-9a-f]+")
 _TOOLS = ("loram-hub", "torch", "transformers", "bitsandbytes", "safetensors", "numpy")
 
 
@@ -93,8 +106,8 @@ class Manifest:
     """Version of the release format."""
 
     def to_json(self) -> str:
-        """Serialize to the text of `loram.json`."""
-        return dump_json(asdict(self))
+        """Serialize to the text of `loram.json`, with the hash of itself."""
+        return seal(asdict(self))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -102,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         CheckpointError: there is none.
-        VerificationError: it is not valid JSON or a field is missing or of the wrong type.
+        VerificationError: it is no valid JSON, not what was sealed, or a field is missing, of the wrong type or absurd.
         IncompatibleError: the format is newer than this package.
     """
     values = read_json(folder / MANIFEST)
@@ -114,10 +127,12 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is a release of format {version}; this loram-hub reads up to format {FORMAT}. Upgrade loram-hub."
         )
     source = str(folder / MANIFEST)
+    values = check_seal(folder / MANIFEST, values)
+    _check_texts({key: value for key, value in values.items() if key != "files"}, source)  # names have stricter rules
     _check_fields(Manifest, values, source)
     files = _mapping(values, "files", source)
     tools = _mapping(values, "tools", source)
-    return Manifest(
+    manifest = Manifest(
         base=_record(BaseModel, _mapping(values, "base", source), source),
         pruning=_record(Pruning, _mapping(values, "pruning", source), source),
         parameters=_typed(values, "parameters", int, source),
@@ -128,6 +143,77 @@ def read_manifest(folder: Path) -> Manifest:
         files={name: _record(FileEntry, _mapping(files, name, source), source) for name in files},
         format=version,
     )
+    _check_values(manifest, source)
+    return manifest
+
+
+def _check_values(manifest: Manifest, source: str) -> None:
+    """Check what a type alone does not say: hashes, counts, names, and the choices that format 1 has."""
+    base, pruning, quantization = manifest.base, manifest.pruning, manifest.quantization
+    _check_hash("base.config_sha256", base.config_sha256, 64, source)
+    _check_hash("pruning.plan_sha256", pruning.plan_sha256, 64, source)
+    if base.commit is not None:
+        _check_hash("base.commit", base.commit, 40, source)
+    for name, entry in manifest.files.items():
+        _check_hash(f"files[{name!r:.200}].sha256", entry.sha256, 64, source)
+        _check_count(f"files[{name!r:.200}].size", entry.size, source)
+    for what, count in (
+        ("parameters", manifest.parameters),
+        ("base.parameters", base.parameters),
+        ("pruning.keep_first", pruning.keep_first),
+        ("pruning.keep_last", pruning.keep_last),
+        ("pruning.seed", pruning.seed),
+    ):
+        _check_count(what, count, source)
+    if pruning.method != METHOD:
+        raise VerificationError(f"{source} has pruning.method {pruning.method!r:.100}; format 1 has {METHOD!r} alone.")
+    if quantization is not None and (
+        set(quantization) != {*NF4_DESCRIPTION, "dtype"}
+        or any(type(quantization[key]) is not type(value) for key, value in NF4_DESCRIPTION.items())
+        or {**quantization, "dtype": None} != {**NF4_DESCRIPTION, "dtype": None}
+        or quantization["dtype"] not in FLOAT_TYPES
+    ):
+        raise VerificationError(
+            f"{source} has quantization {dict(quantization)!r:.200}; format 1 has {dict(NF4_DESCRIPTION)!r} and "
+            f"a dtype of {', '.join(FLOAT_TYPES)}."
+        )
+    for what, text in (("base.id", base.id), ("pruning.importance", pruning.importance)):
+        if not 0 < len(text) <= _MAX_TEXT or not text.isprintable():
+            raise VerificationError(
+                f"{source} has {what} {text!r:.100}; 1 to {_MAX_TEXT} printable characters are needed."
+            )
+    if base.id.startswith("/") or "\\" in base.id or ".." in base.id.split("/") or base.id.count("/") > 1:
+        raise VerificationError(f"{source} has base.id {base.id!r:.100}; a Hub id or a bare name is needed, no path.")
+
+
+def _check_hash(what: str, value: str, digits: int, source: str) -> None:
+    if len(value) != digits or _HEX.fullmatch(value) is None:
+        raise VerificationError(f"{source} has {what} {value!r:.100}; {digits} hexadecimal digits are needed.")
+
+
+def _check_count(what: str, value: int, source: str) -> None:
+    if not 0 <= value <= _MAX_PARAMETERS:
+        raise VerificationError(f"{source} has {what} {value:.6g}; 0 to {_MAX_PARAMETERS:.0e} is what is believed.")
+
+
+def _check_texts(values: Mapping[str, Any], source: str) -> None:
+    """Refuse control characters, which steer terminals, and half characters, which cannot be printed at all."""
+    for text in _texts(values):
+        bad = next((c for c in text if not c.isprintable() and c not in "\n\t\u3000\xa0"), None)
+        if bad is not None:
+            raise VerificationError(f"{source} holds text with the control character {bad!r}: {text!r:.100}.")
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 _T = TypeVar("_T")

@@ -148,10 +148,23 @@ def check_indices(indices: npt.NDArray[Any], limit: int, *, name: str) -> None:
         )
     if indices.size == 0:
         raise PlanMismatchError(f"Mask index of {name} keeps nothing; a layer needs at least one group.")
-    if indices[0] < 0 or indices[-1] >= limit or np.any(np.diff(indices.astype(np.int64)) <= 0):
+    steps = np.diff(indices.astype(np.int64))
+    least, largest = int(indices.min()), int(indices.max())
+    why = (
+        f"{least} is negative"
+        if least < 0
+        else f"{largest} is beyond the last group"
+        if largest >= limit
+        else "an index follows a larger one"
+        if np.any(steps < 0)
+        else "an index is there twice"
+        if np.any(steps == 0)
+        else None
+    )
+    if why is not None:
         raise PlanMismatchError(
             f"Mask index of {name} must be strictly ascending within [0, {limit:,}); "
-            f"it runs from {indices.min()} to {indices.max()} over {indices.size} entries."
+            f"it runs from {least} to {largest} over {indices.size} entries: {why}."
         )
 
 

@@ -22,6 +22,7 @@ from loram_hub.manifest import (
     read_manifest,
     tool_versions,
 )
+from loram_hub.seals import SEAL, seal
 
 SOUND = Manifest(
     base=BaseModel(id="org/base", commit="c" * 40, config_sha256="d" * 64, parameters=1234),
@@ -38,7 +39,7 @@ SOUND = Manifest(
     ),
     parameters=567,
     alignment={"steps": 200},
-    quantization={"type": "nf4"},
+    quantization={"type": "nf4", "block": 64, "double_quant": True, "dtype": "bfloat16"},
     recipe={"argument": ["verbatim", 1, None]},
     tools={"python": "3.11"},
     files={"config.json": FileEntry(sha256="f" * 64, size=10)},
@@ -48,7 +49,11 @@ Change = Callable[[dict[str, Any]], object]
 
 
 def write(folder: Path, manifest: Manifest | dict[str, Any]) -> Path:
-    text = manifest.to_json() if isinstance(manifest, Manifest) else json.dumps(manifest)
+    """Write a manifest; a dict as whoever alters one can, with a seal that fits."""
+    if isinstance(manifest, Manifest):
+        text = manifest.to_json()
+    else:
+        text = seal({key: value for key, value in manifest.items() if key != SEAL})
     (folder / MANIFEST).write_text(text)
     return folder
 
@@ -182,3 +187,88 @@ def test_tool_versions_name_what_shaped_the_bytes() -> None:
 
     assert {"python", "numpy", "safetensors", "torch", "transformers", "bitsandbytes"} <= set(versions)
     assert all(version[0].isdigit() for version in versions.values())
+
+
+# -- the seal ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_byte_of_a_manifest_can_be_flipped(tmp_path: Path) -> None:
+    original = SOUND.to_json().encode()
+    for position, byte in enumerate(original):
+        for flip in (0x01, 0x04, 0x20):  # another digit or letter; another white space; another case
+            (tmp_path / MANIFEST).write_bytes(original[:position] + bytes([byte ^ flip]) + original[position + 1 :])
+            with pytest.raises((VerificationError, IncompatibleError)):
+                read_manifest(tmp_path)
+
+    assert len(original) > 1000
+
+
+def test_a_manifest_that_was_edited_or_rewritten_is_told_so(tmp_path: Path) -> None:
+    values = json.loads(SOUND.to_json())
+
+    (tmp_path / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(VerificationError, match="was rewritten: same values, other text"):
+        read_manifest(tmp_path)
+
+    values["recipe"]["argument"] = ["another"]
+    (tmp_path / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(VerificationError, match="was changed: it is not what its own sha256 says"):
+        read_manifest(tmp_path)
+
+    del values[SEAL]
+    (tmp_path / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(VerificationError, match="has no sha256 of its own"):
+        read_manifest(tmp_path)
+
+
+def nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"deeper": value}
+    return value
+
+
+def test_a_recipe_may_be_nested_but_not_without_end(tmp_path: Path) -> None:
+    deep = replace(SOUND, recipe=nested(20))
+    assert read_manifest(write(tmp_path, deep)) == deep
+
+    (tmp_path / MANIFEST).write_text(json.dumps(json.loads(SOUND.to_json()) | {"recipe": nested(400)}))
+    with pytest.raises(VerificationError, match="nests deeper than 32 levels"):
+        read_manifest(tmp_path)
+
+
+# -- values that a type alone lets through ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values["base"].update(config_sha256="d" * 63), "base.config_sha256 .* 64 hexadecimal digits"),
+        (lambda values: values["base"].update(commit="main"), "base.commit 'main'; 40 hexadecimal digits"),
+        (lambda values: values["base"].update(id=""), "base.id ''; 1 to 256 printable"),
+        (lambda values: values["base"].update(id="x" * 257), "base.id .*; 1 to 256 printable"),
+        (lambda values: values["base"].update(id="/etc/passwd"), "base.id '/etc/passwd'; a Hub id or a bare name"),
+        (lambda values: values["base"].update(id="../other"), "a Hub id or a bare name is needed, no path"),
+        (lambda values: values["base"].update(parameters=-1), "base.parameters -1"),
+        (lambda values: values.update(parameters=10**20), "has parameters 1e[+]20"),
+        (lambda values: values["pruning"].update(method="other"), "pruning.method 'other'; format 1 has 'structured'"),
+        (lambda values: values["pruning"].update(plan_sha256="E" * 64), "pruning.plan_sha256"),
+        (lambda values: values["pruning"].update(keep_last=-2), "pruning.keep_last -2"),
+        (lambda values: values["files"]["config.json"].update(sha256="xyz"), r"files\['config.json'\].sha256 'xyz'"),
+        (lambda values: values["files"]["config.json"].update(size=-1), r"files\['config.json'\].size -1"),
+        (lambda values: values["quantization"].update(block=32), "has quantization .*'block': 32"),
+        (lambda values: values["quantization"].update(double_quant=1), "has quantization .*'double_quant': 1"),
+        (lambda values: values["quantization"].update(dtype="int8"), "has quantization .*'dtype': 'int8'"),
+        (lambda values: values["quantization"].pop("dtype"), "has quantization"),
+        (lambda values: values["recipe"].update(note="\x1b]0;title\x07"), "control character"),
+        (lambda values: values["tools"].update({"x\u202e": "1"}), "control character"),
+        (lambda values: values["recipe"].update(note="\ud800"), "control character"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(tmp_path: Path, change: Change, message: str) -> None:
+    values = json.loads(SOUND.to_json())
+    change(values)
+
+    with pytest.raises(VerificationError, match=message) as caught:
+        read_manifest(write(tmp_path, values))
+    assert str(caught.value).isprintable()

@@ -30,7 +30,7 @@ from loram_hub.errors import (
     VerificationError,
 )
 from loram_hub.manifest import MANIFEST, BaseModel, Manifest, Pruning, file_entries
-from loram_hub.plan import Plan
+from loram_hub.plan import Plan, parameter_counts
 from loram_hub.quantization import as_nf4, nf4_tensors
 from loram_hub.release import (
     MASK_INDEX,
@@ -43,6 +43,7 @@ from loram_hub.release import (
     verify,
     write_release,
 )
+from loram_hub.seals import SEAL, seal
 
 BASE_CONFIG = {
     "model_type": "llama",
@@ -59,29 +60,30 @@ ARCHITECTURE = architecture_of(BASE_CONFIG)
 PLAN = Plan(
     ARCHITECTURE,
     {
-        0: {"kv_heads": np.array([1], dtype=np.int32), "channels": np.arange(0, 27, 2, dtype=np.int32)},
-        2: {"kv_heads": np.array([0, 2], dtype=np.int32), "channels": np.array([0, 26], dtype=np.int32)},
+        0: {"kv_heads": np.array([0, 2], dtype=np.int32), "channels": np.arange(1, 27, 2, dtype=np.int32)},
+        1: {"kv_heads": np.array([0, 1], dtype=np.int32), "channels": np.array([*range(12), 26], dtype=np.int32)},
     },
 )
 HEADS_0 = "model.layers.0.self_attn.kv_heads"
-CHANNELS_2 = "model.layers.2.mlp.channels"
+CHANNELS_1 = "model.layers.1.mlp.channels"
 
 
-def manifest_of(plan: Plan) -> Manifest:
+def manifest_of(plan: Plan, *, pruning_ratio: float = 0.5) -> Manifest:
+    counts = parameter_counts(plan.architecture, plan.layers)
     return Manifest(
-        base=BaseModel(id="org/base", commit=None, config_sha256="0" * 64, parameters=12345),
+        base=BaseModel(id="org/base", commit=None, config_sha256="0" * 64, parameters=counts.original_parameters),
         pruning=Pruning(
             method="structured",
             importance="random",
-            pruning_ratio=0.5,
+            pruning_ratio=pruning_ratio,
             keep_first=0,
-            keep_last=0,
+            keep_last=1,
             round_to=None,
             seed=7,
             calibration=None,
             plan_sha256=plan.digest,
         ),
-        parameters=678,
+        parameters=counts.pruned_parameters,
         recipe={"pruning_ratio": 0.5},
     )
 
@@ -127,7 +129,11 @@ def reseal(folder: Path, **changes: Any) -> None:
     """Give a spoilt release a manifest with the right hashes, as whoever publishes it can."""
     values = json.loads((folder / MANIFEST).read_text())
     values["files"] = {name: {"sha256": e.sha256, "size": e.size} for name, e in file_entries(folder).items()}
-    (folder / MANIFEST).write_text(json.dumps(values | changes))
+    write_manifest(folder, values | changes)
+
+
+def write_manifest(folder: Path, values: dict[str, Any]) -> None:
+    (folder / MANIFEST).write_text(seal({key: value for key, value in values.items() if key != SEAL}))
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -156,12 +162,12 @@ def test_kept_indices_are_stored_under_the_names_of_the_format(sound: Path) -> N
     assert sorted(arrays) == [
         "model.layers.0.mlp.channels",
         "model.layers.0.self_attn.kv_heads",
-        "model.layers.2.mlp.channels",
-        "model.layers.2.self_attn.kv_heads",
+        "model.layers.1.mlp.channels",
+        "model.layers.1.self_attn.kv_heads",
     ]
     assert {array.dtype for array in arrays.values()} == {np.dtype(np.int32)}
-    assert arrays[HEADS_0].tolist() == [1]
-    assert arrays[CHANNELS_2].tolist() == [0, 26]
+    assert arrays[HEADS_0].tolist() == [0, 2]
+    assert arrays[CHANNELS_1].tolist() == [*range(12), 26]
 
 
 def test_the_config_goes_to_a_release_and_back() -> None:
@@ -321,16 +327,31 @@ def test_an_added_file_is_named(release: Path, name: str) -> None:
         verify(release)
 
 
-def test_a_link_counts_by_its_content_as_in_the_hub_cache(release: Path) -> None:
-    blob = release.parent / "blob"
-    (release / "tokenizer.json").rename(blob)
-    (release / "tokenizer.json").symlink_to(blob)
-    verify(release)
+def test_a_link_within_a_hub_cache_counts_by_its_content(release: Path) -> None:
+    repository = release.parent / "models--org--release"
+    folder = repository / "snapshots" / ("c" * 40)
+    folder.parent.mkdir(parents=True)
+    release.rename(folder)
+    blob = repository / "blobs" / "abc"
+    blob.parent.mkdir()
+    (folder / "tokenizer.json").rename(blob)
+    (folder / "tokenizer.json").symlink_to("../../blobs/abc")
+    verify(folder)
 
     blob.write_text("[]")
 
     with pytest.raises(VerificationError, match=r"tokenizer\.json was changed"):
-        open_release(release)
+        open_release(folder)
+
+
+@pytest.mark.parametrize("target", ["../secret", "/etc/hostname", "tokenizer.json/../../secret"])
+def test_a_link_that_leads_out_of_the_release_is_refused(release: Path, target: str) -> None:
+    (release.parent / "secret").write_text("{}")
+    (release / "tokenizer.json").unlink()
+    (release / "tokenizer.json").symlink_to(target)
+
+    with pytest.raises(VerificationError, match="is a link that leads out of the release"):
+        verify(release)
 
 
 def test_a_link_to_nowhere_is_a_missing_file(release: Path) -> None:
@@ -360,7 +381,7 @@ def test_a_manifest_that_lists_a_name_outside_the_release_is_refused(release: Pa
     (release.parent / "outside").write_text("secret")
     values = json.loads((release / MANIFEST).read_text())
     values["files"][name] = {"sha256": "0" * 64, "size": 6}
-    (release / MANIFEST).write_text(json.dumps(values))
+    write_manifest(release, values)
 
     with pytest.raises(VerificationError, match="which is no name of a file in the release"):
         open_release(release)
@@ -370,7 +391,7 @@ def test_a_manifest_that_lists_a_name_outside_the_release_is_refused(release: Pa
 def test_a_manifest_that_leaves_out_a_file_that_counts_is_refused(release: Path, name: str) -> None:
     values = json.loads((release / MANIFEST).read_text())
     del values["files"][name]
-    (release / MANIFEST).write_text(json.dumps(values))
+    write_manifest(release, values)
 
     with pytest.raises(VerificationError, match=r"does not list config\.json and mask_index\.safetensors"):
         open_metadata(release)
@@ -394,7 +415,7 @@ def int32(*values: int) -> np.ndarray[Any, Any]:
         ({HEADS_0: np.array([[1]], dtype=np.int32)}, PlanMismatchError, "int32 with 2 axes"),
         ({HEADS_0: np.array([1], dtype=np.int64)}, PlanMismatchError, "has dtype I64; I32 is needed"),
         ({HEADS_0: np.array([1], dtype=np.float32)}, PlanMismatchError, "has dtype F32"),
-        ({CHANNELS_2: int32(0, 27)}, PlanMismatchError, "layer 2 channels"),
+        ({CHANNELS_1: int32(0, 27)}, PlanMismatchError, "layer 1 channels"),
         ({HEADS_0: None}, PlanMismatchError, "Layer 0 of the plan lists"),
         ({"model.layers.3.mlp.channels": int32(0)}, PlanMismatchError, "prunes layer 3; the base model has 3"),
         ({"model.layers.00.mlp.channels": int32(0)}, VerificationError, "which is no mask index"),
@@ -445,10 +466,10 @@ def test_mask_indexes_of_absurd_size_are_refused(release: Path) -> None:
         ({"auto_map": {"AutoModel": "evil.Model"}}, VerificationError, "auto_map, which would run code"),
         ({"auto_map": None}, VerificationError, "auto_map"),
         ({"transformers_weights": "other.safetensors"}, VerificationError, "would load another file"),
-        ({"num_hidden_layers": 2}, PlanMismatchError, "prunes layer 2; the base model has 2 layers"),
-        ({"hidden_size": "16"}, InvalidRequestError, "hidden_size = '16'"),
-        ({"num_hidden_layers": 10**9}, InvalidRequestError, "num_hidden_layers"),
-        ({"intermediate_size": 26}, PlanMismatchError, "layer 0 channels"),
+        ({"num_hidden_layers": 1}, PlanMismatchError, "prunes layer 1; the base model has 1 layers"),
+        ({"hidden_size": "16"}, VerificationError, "hidden_size = '16'"),
+        ({"num_hidden_layers": 10**9}, VerificationError, "num_hidden_layers"),
+        ({"intermediate_size": 26}, PlanMismatchError, "layer 1 channels"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(
@@ -486,7 +507,7 @@ Q0 = "model.layers.0.self_attn.q_proj.weight"
         (
             lambda t: t.update({Q0: t[Q0].T}),
             PlanMismatchError,
-            r"q_proj.weight' has shape \(16, 12\); the plan gives it \(12, 16\)",
+            r"q_proj.weight' has shape \(16, 24\); the plan gives it \(24, 16\)",
         ),
         (lambda t: t.update({Q0: t[Q0][:-1]}), PlanMismatchError, "q_proj.weight' has shape"),
         (lambda t: t.update({Q0: t[Q0].flatten()}), PlanMismatchError, "q_proj.weight' has shape"),
@@ -542,9 +563,9 @@ def test_parts_of_a_packed_weight_that_do_not_fit_the_plan_are_refused(
         {"blocksize": 0},
         {"nested_blocksize": 64},
         {"nested_dtype": "float16"},
-        {"shape": [16, 12]},
-        {"shape": [12, 17]},
-        {"shape": [12, 1600000]},
+        {"shape": [16, 24]},
+        {"shape": [24, 17]},
+        {"shape": [24, 1600000]},
         {"shape": []},
         {"dtype": "float64"},
         {"dtype": "__class__"},
@@ -594,7 +615,7 @@ def test_a_tensor_in_two_weight_files_is_refused(tmp_path: Path) -> None:
 def test_a_release_may_prune_nothing(tmp_path: Path) -> None:
     whole = Plan(ARCHITECTURE, {})
     config = release_config(BASE_CONFIG)
-    with write_release(tmp_path / "out", manifest=manifest_of(whole), plan=whole, config=config) as folder:
+    with write_release(tmp_path / "out", manifest=manifest_of(whole, pruning_ratio=0), plan=whole, config=config) as folder:
         writer = ShardWriter(folder)
         for name, shape in ARCHITECTURE.tensor_shapes().items():
             writer.add(name, torch.zeros(shape))

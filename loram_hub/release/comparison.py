@@ -1,0 +1,113 @@
+"""A release against the model it was pruned from: the same config, the same bytes where something was kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from loram_hub.checkpoint import index_tensors
+from loram_hub.errors import IncompatibleError, InvalidRequestError, VerificationError
+from loram_hub.files import sha256_of
+from loram_hub.release.opening import Release
+from loram_hub.tensors import TensorInfo, item_bytes, read_array, read_rows
+
+_PIECE = 8 * 1024 * 1024  # bytes of the base that are in memory at a time
+
+Kept = npt.NDArray[np.int64] | None
+
+
+def check_base_config(release: Release, config: Path) -> None:
+    """Compare the base's `config.json` with the one that the release was pruned with.
+
+    Raises:
+        IncompatibleError: it is another: weights and shapes may have changed since.
+    """
+    expected, found = release.manifest.base.config_sha256, sha256_of(config)
+    if found != expected:
+        raise IncompatibleError(
+            f"{config} has SHA-256 {found[:12]}..., the release was pruned from a base with {expected[:12]}.... "
+            f"Give {release.manifest.base.id} at commit {release.manifest.base.commit or 'unknown (a local folder)'}."
+        )
+
+
+def refuse_incomparable(release: Release) -> None:
+    """Raise `InvalidRequestError` if a release's weights are not the base's own: nothing could be compared."""
+    manifest = release.manifest
+    why = (
+        "is NF4"
+        if manifest.quantization is not None
+        else "was aligned"
+        if manifest.alignment is not None
+        else "was saved from memory, where it may have been trained"
+        if "saved" in manifest.recipe
+        else None
+    )
+    if why is not None:
+        raise InvalidRequestError(
+            f"{release.folder} {why}: its weights are not the base's own. Only a release that was pruned and nothing "
+            "else can be compared with its base; verify it without --full."
+        )
+
+
+def compare_weights(release: Release, base: Path) -> int:
+    """Compare every kept weight with the base's, bit by bit, a few megabytes in memory.
+
+    Args:
+        release: pruned, neither aligned nor quantized; see `refuse_incomparable`.
+        base: checkpoint folder of the base model.
+
+    Returns:
+        Bytes compared.
+
+    Raises:
+        VerificationError: a kept weight is not the base's.
+        IncompatibleError: the base has other tensors or shapes.
+        InvalidRequestError: the base is stored in another type.
+    """
+    refuse_incomparable(release)
+    whole = release.architecture.tensor_shapes()
+    originals, compared = index_tensors(base), 0
+    for name, info in sorted(index_tensors(release.folder).items()):
+        original = originals.get(name)
+        if original is None or original.shape != whole[name]:
+            has = "lacks" if original is None else f"has shape {original.shape} for"
+            raise IncompatibleError(f"{base} {has} {name!r}; the release's base has {whole[name]} there.")
+        if original.dtype != info.dtype:
+            raise InvalidRequestError(
+                f"{name!r} is {original.dtype} in {base} and {info.dtype} in the release: the bytes of one type can be "
+                "compared, not values across two. Give the base as it was when it was pruned."
+            )
+        if not _is_slice(info, original, release.plan.kept_on_axes(name)):
+            raise VerificationError(
+                f"{name!r} of {release.folder} is not what {base} has at the kept positions. The release claims to be "
+                "pruned and nothing else: do not use it."
+            )
+        compared += info.nbytes
+    return compared
+
+
+def _is_slice(info: TensorInfo, original: TensorInfo, kept: tuple[Kept, ...]) -> bool:
+    """Whether a tensor holds the kept rows and columns of the original, bit by bit (NaN equals itself)."""
+    rows, columns = (*kept, None, None)[:2]
+    if not info.shape:
+        return _bits(read_array(info), info.dtype).tobytes() == _bits(read_array(original), info.dtype).tobytes()
+    step = max(1, _PIECE * original.shape[0] // max(1, original.nbytes))
+    for first in range(0, original.shape[0], step):
+        last = min(first + step, original.shape[0])
+        begin, end = (first, last) if rows is None else np.searchsorted(rows, (first, last)).tolist()
+        if begin == end:
+            continue
+        expected = _bits(read_rows(original, first, last), info.dtype)
+        if rows is not None:
+            expected = expected[rows[begin:end] - first]
+        if columns is not None:
+            expected = expected[:, columns]
+        if not np.array_equal(expected, _bits(read_rows(info, begin, end), info.dtype)):
+            return False
+    return True
+
+
+def _bits(values: npt.NDArray[np.generic], dtype: str) -> npt.NDArray[np.generic]:
+    return values.view(f"u{item_bytes(dtype)}")
