@@ -18,34 +18,34 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from loram_hub.adapter import CONFIG as ADAPTER_CONFIG
 from loram_hub.adapter import (
     DTYPES,
+    MODEL_ID,
     RECORD,
-    WEIGHTS,
+    RECOVERED,
     Adapter,
+    AdapterRecord,
     CanonicalAdapter,
     DtypeName,
     Factor,
-    LoraPair,
-    convert,
+    canonical_factors,
+    common_scale,
+    hash_files,
     linear_modules,
+    max_lora_rank,
+    module_shape,
     read_adapter,
     read_model,
     shortest_targets,
+    training_of,
     write_adapter,
 )
-from loram_hub.architecture import LM_HEAD
 from loram_hub.errors import (
     CheckpointError,
     InvalidRequestError,
@@ -54,22 +54,14 @@ from loram_hub.errors import (
     UnsupportedAdapterError,
     VerificationError,
 )
-from loram_hub.files import atomic_folder, dump_json, refuse_existing
-from loram_hub.hub import METADATA_FILES, resolve, source_of
+from loram_hub.files import atomic_folder, refuse_existing, resource_errors
+from loram_hub.hub import ADAPTER_FILES, METADATA_FILES, resolve, source_of
 from loram_hub.release import Release, open_metadata
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_FILES = (ADAPTER_CONFIG, WEIGHTS, RECORD)
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM takes for --max-lora-rank (0.32, config/lora.py)."""
-
-_KIND = "recovered adapter"
-# Hub ids and bare folder names: nothing that a consumer of the adapter could open as a path of its machine.
-_MODEL_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +88,7 @@ class RecoveredAdapter:
     @property
     def max_lora_rank(self) -> int:
         """The smallest --max-lora-rank with which vLLM serves it; the rank itself if vLLM takes none so large."""
-        return next((rank for rank in VLLM_RANKS if rank >= self.rank), self.rank)
+        return max_lora_rank(self.rank)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +156,9 @@ def recover(
     canonical, scales = _canonical(trained, origin.release, shapes, dtype)
 
     def factors(module: str) -> tuple[Factor, Factor]:
-        return _widen(module, trained.pairs[module], origin.release, canonical, scale=scales[module])
+        rows, columns = origin.release.plan.kept_on_axes(f"{module}.weight") or (None, None)
+        pair, scale = trained.pairs[module], scales[module]
+        return canonical_factors(module, pair, canonical, scale=scale, rows=rows, columns=columns)
 
     if dry_run:
         for module in canonical.modules:
@@ -172,12 +166,13 @@ def recover(
     else:
         with atomic_folder(target, overwrite=overwrite) as folder:
             write_adapter(folder, canonical, factors)
-            (folder / RECORD).write_text(dump_json(_record(trained, origin)), encoding="utf-8")
+            with resource_errors(f"Writing {folder}"):
+                (folder / RECORD).write_text(_record(trained, origin, folder).to_json(), encoding="utf-8")
     verb = "Would recover" if dry_run else "Recovered"
     logger.info("%s %d modules, %d parameters", verb, len(canonical.shapes), canonical.parameters)
     return RecoveredAdapter(
         folder=target,
-        base_id=canonical.base_id,
+        base_id=origin.release.manifest.base.id,
         revision=canonical.revision,
         rank=canonical.r,
         alpha=canonical.lora_alpha,
@@ -203,7 +198,7 @@ def _open_adapter(
 
 
 def _refuse_recovered(adapter: Adapter) -> None:
-    if adapter.record.get("kind") == _KIND:
+    if adapter.record.get("kind") == RECOVERED:
         raise UnsupportedAdapterError(
             f"{adapter.source} is already recovered: use it as it is on {adapter.config.base}. "
             "What can be recovered is the adapter that training gave."
@@ -292,13 +287,9 @@ def _full_shapes(adapter: Adapter, origin: _Origin) -> dict[str, tuple[int, ...]
     architecture, sizes = origin.release.architecture, origin.release.plan.layers
     shapes: dict[str, tuple[int, ...]] = {}
     for module, pair in adapter.pairs.items():
-        found = architecture.weight_of(f"{module}.weight")
-        if found is not None and found[1].is_projection:
-            pruned = architecture.shape(found[1], sizes[found[0]])
-            whole = architecture.shape(found[1], architecture.whole_layer)
-        elif f"{module}.weight" == LM_HEAD:
-            pruned = whole = (architecture.vocab_size, architecture.hidden_size)
-        else:
+        whole = module_shape(architecture, module)
+        pruned = module_shape(architecture, module, sizes)
+        if whole is None or pruned is None:
             raise PlanMismatchError(
                 f"Module {module!r} of {adapter.source} is no linear layer of {origin.release.manifest.base.id}, the "
                 f"base of the release {origin.id}. Give the release it was trained on."
@@ -326,86 +317,35 @@ def _shape_error(
 
 def _canonical(
     adapter: Adapter, release: Release, shapes: Mapping[str, tuple[int, ...]], dtype: DtypeName
-) -> tuple[CanonicalAdapter, dict[str, float]]:
-    """Choose the one rank and alpha, and the number that multiplies each module's B.
-
-    If one alpha expresses every module's scale exactly, B stays as it is. Otherwise alpha is r, and B takes the scale.
-    """
-    rank = max(pair.rank for pair in adapter.pairs.values())
-    scales = {module: pair.scale for module, pair in adapter.pairs.items()}
-    alpha = round(next(iter(scales.values())) * rank)
-    if alpha >= 1 and set(scales.values()) == {alpha / rank}:
-        scales = dict.fromkeys(scales, 1.0)
-    else:
-        alpha = rank
-    base = release.manifest.base
-    if _MODEL_ID.fullmatch(base.id) is None:
+) -> tuple[CanonicalAdapter, Mapping[str, float]]:
+    """Describe what is to be written; return with it the number that multiplies each module's B."""
+    scale, base = common_scale(adapter.pairs), release.manifest.base
+    if MODEL_ID.fullmatch(base.id) is None:
         raise VerificationError(
             f"The manifest of {release.folder} names its base {base.id!r}, which is neither a Hub id nor a name."
         )
     canonical = CanonicalAdapter(
         base_id=base.id,
         revision=base.commit,
-        r=rank,
-        lora_alpha=alpha,
+        r=scale.r,
+        lora_alpha=scale.lora_alpha,
         target_modules=shortest_targets(adapter.pairs.keys(), linear_modules(release.architecture)),
         dtype=dtype,
         shapes=shapes,
     )
-    return canonical, scales
+    return canonical, scale.factors
 
 
-def _widen(
-    module: str, pair: LoraPair, release: Release, canonical: CanonicalAdapter, *, scale: float
-) -> tuple[Factor, Factor]:
-    """Scatter a pair of factors to the kept positions of zeros and pad its rank.
-
-    Returns:
-        lora_A (r, in_features) and lora_B (out_features, r) of the base model, in the canonical type.
-    """
-    rows, columns = release.plan.kept_on_axes(f"{module}.weight") or (None, None)
-    out_features, in_features = canonical.shapes[module]
-    lora_A = convert(pair.lora_A, canonical.dtype, name=f"lora_A of {module!r}")
-    lora_B = convert(pair.lora_B, canonical.dtype, scale=scale, name=f"lora_B of {module!r}")
-    rank = None if pair.rank == canonical.r else np.arange(pair.rank)
-    return (
-        _scatter(lora_A, (canonical.r, in_features), rank, columns),
-        _scatter(lora_B, (out_features, canonical.r), rows, rank),
-    )
-
-
-def _scatter(
-    values: Factor,
-    shape: tuple[int, int],
-    rows: npt.NDArray[np.int64] | None,
-    columns: npt.NDArray[np.int64] | None,
-) -> Factor:
-    """Place values at the given rows and columns of zeros; None stands for all."""
-    if rows is None and columns is None:
-        return values
-    full: Factor = np.zeros(shape, dtype=values.dtype)
-    if columns is None:
-        full[rows] = values
-    elif rows is None:
-        full[:, columns] = values
-    else:
-        full[np.ix_(rows, columns)] = values
-    return full
-
-
-def _record(adapter: Adapter, origin: _Origin) -> dict[str, object]:
+def _record(adapter: Adapter, origin: _Origin, folder: Path) -> AdapterRecord:
     """Return the provenance that goes beside the adapter: a function of adapter and release, without paths or times."""
-    base, config = origin.release.manifest.base, adapter.config
-    return {
-        "format": 1,
-        "kind": _KIND,
-        "base": {"id": base.id, "commit": base.commit, "config_sha256": base.config_sha256},
-        "release": {"id": origin.id, "commit": origin.commit, "plan_sha256": origin.release.plan.digest},
-        "trained": {
-            "r": config.r,
-            "lora_alpha": config.lora_alpha,
-            "use_rslora": config.use_rslora,
-            "rank_pattern": dict(config.rank_pattern),
-            "alpha_pattern": dict(config.alpha_pattern),
-        },
-    }
+    base = origin.release.manifest.base
+    return AdapterRecord(
+        base_id=base.id,
+        base_commit=base.commit,
+        base_config_sha256=base.config_sha256,
+        release_id=origin.id,
+        release_commit=origin.commit,
+        plan_sha256=origin.release.plan.digest,
+        trained=training_of(adapter.config),
+        files=hash_files(folder),
+    )

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from loram_hub.adapter.config import CONFIG, AdapterConfig, compile_pattern, parse_config
-from loram_hub.adapter.tensors import CODES, FACTOR_NAME, WEIGHTS, Factor, factor_names, is_finite
+from loram_hub.adapter.record import RECORD
+from loram_hub.adapter.tensors import CODES, FACTOR_NAME, WEIGHTS, Factor, factor_name, factor_names, is_finite
 from loram_hub.errors import CheckpointError, LoramError, UnsupportedAdapterError, VerificationError
 from loram_hub.files import read_json
-
-RECORD = "loram.json"
-"""Where an adapter comes from; written beside a recovered one, read beside a pruned one if it is there."""
 
 _MAX_WEIGHT_BYTES = 64 * 2**30  # rank 256 in fp32 on a 70B model makes 13 GB
 
@@ -43,6 +41,18 @@ class LoraPair:
         return self.lora_B.shape[0], self.lora_A.shape[1]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairSizes:
+    """A `LoraPair` without its numbers."""
+
+    rank: int
+    """Rows of lora_A, columns of lora_B."""
+    shape: tuple[int, int]
+    """Shape of the weight it adapts, (out_features, in_features)."""
+    scale: float
+    """alpha / r, or alpha / sqrt(r) under rsLoRA."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class Adapter:
     """A LoRA adapter in memory."""
@@ -66,21 +76,7 @@ class Adapter:
         Raises:
             UnsupportedAdapterError: names the first module that is missing or undeclared.
         """
-        if self.config.target_modules is None:
-            return
-        declared = {module for module in candidates if self.config.targets(module)}
-        missing = sorted(declared - set(self.pairs))
-        if missing:
-            raise UnsupportedAdapterError(
-                f"Module {missing[0]!r} is a target of {self.source}, but its factors are missing ({len(missing)} of "
-                f"{len(declared)} modules lack them). Save or copy the adapter again."
-            )
-        undeclared = sorted(module for module in self.pairs if not self.config.targets(module))
-        if undeclared:
-            raise UnsupportedAdapterError(
-                f"Module {undeclared[0]!r} has factors in {self.source}, but target_modules does not name it; PEFT "
-                f"would ignore them and vLLM would not. Correct {CONFIG}, or remove the factors."
-            )
+        check_targets(self.config, self.pairs.keys(), candidates, source=self.source)
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -97,13 +93,14 @@ def read_adapter(folder: Path) -> Adapter:
         VerificationError: a file is torn, holds NaN or infinity, or config and tensors disagree.
         UnsupportedAdapterError: it uses a feature that has no full-size equivalent.
     """
-    _require_files(folder)
+    require_files(folder)
     config = parse_config(read_json(folder / CONFIG), source=str(folder / CONFIG))
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     return build_adapter(config, _read_factors(folder), source=str(folder), record=record)
 
 
-def _require_files(folder: Path) -> None:
+def require_files(folder: Path) -> None:
+    """Raise `CheckpointError`, with the likely reason, unless a folder has config and safetensors weights."""
     if not (folder / CONFIG).is_file():
         checkpoints = sorted(path.parent.name for path in folder.glob(f"checkpoint-*/{CONFIG}"))
         hint = " It looks like a whole model." if (folder / "config.json").is_file() else ""
@@ -151,16 +148,44 @@ def build_adapter(
         UnsupportedAdapterError: a factor lacks its partner, or there is none at all.
         VerificationError: a factor is not finite, or ranks disagree.
     """
-    factors: dict[str, dict[str, Factor]] = {}
+    factors: dict[str, Factor] = {}
     for name, tensor in tensors:
         _check_factor(name, tensor, source)
+        factors[name] = tensor
+    declared = pair_factors(config, {name: tensor.shape for name, tensor in factors.items()}, source=source)
+    pairs = {
+        module: LoraPair(
+            lora_A=factors[factor_name(module, "A")], lora_B=factors[factor_name(module, "B")], scale=pair.scale
+        )
+        for module, pair in declared.items()
+    }
+    return Adapter(source=source, config=config, pairs=pairs, record=record)
+
+
+def pair_factors(config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]], *, source: str) -> dict[str, PairSizes]:
+    """Pair factors by module and check their ranks against the config, from their shapes alone.
+
+    Args:
+        config: from `parse_config`.
+        shapes: of every factor, two axes each, by full name.
+        source: names the adapter in errors.
+
+    Returns:
+        Rank, scale and adapted shape by module path, sorted.
+
+    Raises:
+        UnsupportedAdapterError: a factor lacks its partner, there is none at all, or alphas contradict each other.
+        VerificationError: ranks disagree.
+    """
+    factors: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
         found = FACTOR_NAME.fullmatch(name)
         assert found is not None  # factor_names lists no other
-        factors.setdefault(found["module"], {})[found["factor"]] = tensor
+        factors.setdefault(found["module"], {})[found["factor"]] = shape
     if not factors:
         raise UnsupportedAdapterError(f"{source} holds no LoRA factors at all. Was it saved by PEFT, after training?")
     ranks, alphas = _matchers(config.rank_pattern), _matchers(config.alpha_pattern)
-    pairs: dict[str, LoraPair] = {}
+    pairs: dict[str, PairSizes] = {}
     for module, pair in sorted(factors.items()):
         if len(pair) != 2:
             present, absent = ("lora_A", "lora_B") if "A" in pair else ("lora_B", "lora_A")
@@ -170,22 +195,57 @@ def build_adapter(
         rank = _rank_of(module, pair, _matches(ranks, module) or {config.r}, source)
         alpha = _alpha_of(module, _matches(alphas, module) or {config.lora_alpha}, source)
         scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        pairs[module] = LoraPair(lora_A=pair["A"], lora_B=pair["B"], scale=scale)
-    return Adapter(source=source, config=config, pairs=pairs, record=record)
+        pairs[module] = PairSizes(rank=rank, shape=(pair["B"][0], pair["A"][1]), scale=scale)
+    return pairs
+
+
+def check_targets(config: AdapterConfig, modules: Collection[str], candidates: Iterable[str], *, source: str) -> None:
+    """Check adapted modules against the declared targets; see `Adapter.check_targets`.
+
+    Args:
+        config: from `parse_config`.
+        modules: paths of the modules that have factors.
+        candidates: every module of the model that can be adapted; empty if the model is not known, which leaves only
+            the search for undeclared factors.
+        source: names the adapter in errors.
+
+    Raises:
+        UnsupportedAdapterError: names the first module that is missing or undeclared.
+    """
+    if config.target_modules is None:
+        return
+    declared = {module for module in candidates if config.targets(module)}
+    missing = sorted(declared - set(modules))
+    if missing:
+        raise UnsupportedAdapterError(
+            f"Module {missing[0]!r} is a target of {source}, but its factors are missing ({len(missing)} of "
+            f"{len(declared)} modules lack them). Save or copy the adapter again."
+        )
+    undeclared = sorted(module for module in modules if not config.targets(module))
+    if undeclared:
+        raise UnsupportedAdapterError(
+            f"Module {undeclared[0]!r} has factors in {source}, but target_modules does not name it; PEFT "
+            f"would ignore them and vLLM would not. Correct {CONFIG}, or remove the factors."
+        )
 
 
 def _check_factor(name: str, tensor: Factor, source: str) -> None:
-    if tensor.ndim != 2 or 0 in tensor.shape:
-        raise VerificationError(
-            f"Tensor {name!r} of {source} has shape {tensor.shape}; two axes, none empty, are needed. "
-            "If it was trained with ZeRO-3 or FSDP, gather the parameters before saving."
-        )
+    check_axes(name, tensor.shape, source=source)
     if not is_finite(tensor):
         raise VerificationError(f"Tensor {name!r} of {source} holds NaN or infinity. Use an earlier checkpoint.")
 
 
-def _rank_of(module: str, pair: Mapping[str, Factor], declared: set[float], source: str) -> int:
-    rows, columns = int(pair["A"].shape[0]), int(pair["B"].shape[1])
+def check_axes(name: str, shape: tuple[int, ...], *, source: str) -> None:
+    """Raise `VerificationError` unless a factor has two axes, none of them empty."""
+    if len(shape) != 2 or 0 in shape:
+        raise VerificationError(
+            f"Tensor {name!r} of {source} has shape {shape}; two axes, none empty, are needed. "
+            "If it was trained with ZeRO-3 or FSDP, gather the parameters before saving."
+        )
+
+
+def _rank_of(module: str, pair: Mapping[str, tuple[int, ...]], declared: set[float], source: str) -> int:
+    rows, columns = pair["A"][0], pair["B"][1]
     if rows != columns or rows not in declared:
         ranks = " or ".join(f"{value:g}" for value in sorted(declared))
         raise VerificationError(

@@ -39,7 +39,12 @@ _INFINITY: Mapping[str, tuple[np.dtype[np.signedinteger], np.dtype[np.unsignedin
 }
 _MAX_TENSORS = 100_000
 # PEFT's default save copies the frozen weight of a targeted lm_head or embedding into the adapter (peft#2092).
-_FROZEN_COPIES = frozenset(f"{PREFIX}{name.removesuffix('.weight')}.base_layer.weight" for name in (LM_HEAD, EMBEDDING))
+FROZEN_COPIES = frozenset(f"{PREFIX}{name.removesuffix('.weight')}.base_layer.weight" for name in (LM_HEAD, EMBEDDING))
+
+
+def factor_name(module: str, factor: Literal["A", "B"]) -> str:
+    """Return the name under which a module's factor is stored."""
+    return f"{PREFIX}{module}.lora_{factor}.weight"
 
 
 def factor_names(names: Collection[str], *, source: str) -> list[str]:
@@ -51,7 +56,7 @@ def factor_names(names: Collection[str], *, source: str) -> list[str]:
     """
     if len(names) > _MAX_TENSORS:
         raise VerificationError(f"{source} has {len(names):,} tensors; at most {_MAX_TENSORS:,} are read.")
-    copies = _FROZEN_COPIES & set(names)
+    copies = FROZEN_COPIES & set(names)
     for name in sorted(copies):
         logger.info("Leaving out %s: a copy of a frozen weight, not part of the adapter", name)
     factors = sorted(set(names) - copies)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,21 @@ import numpy as np
 
 from loram_hub.adapter.config import CONFIG
 from loram_hub.adapter.tensors import CODES, DTYPES, PREFIX, WEIGHTS, DtypeName, Factor
-from loram_hub.architecture import LM_HEAD, Architecture, layer_tensor
 from loram_hub.files import dump_json, resource_errors
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for --max-lora-rank (0.32, config/lora.py)."""
+
+MODEL_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+"""Hub ids and bare folder names: nothing that a consumer of the adapter could open as a path of its machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CanonicalAdapter:
     """All of a canonical adapter but its numbers."""
 
-    base_id: str
-    """Hub id of the model it applies to."""
+    base_id: str | None
+    """Hub id of the model it applies to; None if nobody said."""
     revision: str | None
     """Commit of that model."""
     r: int
@@ -111,18 +117,6 @@ def write_adapter(folder: Path, adapter: CanonicalAdapter, factors: Callable[[st
                     file.write(values.reshape(-1).view(np.uint8).data)
 
 
-def linear_modules(architecture: Architecture) -> list[str]:
-    """Paths of all modules that LoRA can adapt here: the projections of every layer, and the lm_head."""
-    projections = [
-        layer_tensor(layer, weight.module)
-        for layer in range(architecture.num_hidden_layers)
-        for weight in architecture.projections
-    ]
-    return [*projections, LM_HEAD.removesuffix(".weight")]
-
-
-def shortest_targets(modules: Collection[str], candidates: Iterable[str]) -> tuple[str, ...]:
-    """Name modules as `target_modules` likes it: by their last names if those hit no other, else by full paths."""
-    names = {module.rpartition(".")[2] for module in modules}
-    hit = {module for module in candidates if module.rpartition(".")[2] in names}
-    return tuple(sorted(names if hit == set(modules) else modules))
+def max_lora_rank(rank: int) -> int:
+    """The smallest --max-lora-rank with which vLLM serves a rank; the rank itself if vLLM takes none so large."""
+    return next((taken for taken in VLLM_RANKS if taken >= rank), rank)
