@@ -1,0 +1,193 @@
+"""The card of a release: its facts, for the template `release.md.j2`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from loram_hub.cards.escaping import Markdown, code, hub_link, is_hub_id, json_block
+from loram_hub.cards.evaluations import read_evaluation
+from loram_hub.cards.folders import Card, notice_files
+from loram_hub.cards.metadata import Described, Relation, card_data, eval_results_file
+from loram_hub.cards.pictures import (
+    ALIGNMENT_LOSS,
+    KEPT_GROUPS,
+    alignment_curve,
+    alignment_picture,
+    kept_groups_picture,
+)
+from loram_hub.cards.rendering import render_card
+from loram_hub.cards.wording import (
+    MAX_ROWS,
+    check_repo_id,
+    count,
+    evaluation_line,
+    file_rows,
+    licence_values,
+    loss_rows,
+    size,
+    title_of,
+)
+from loram_hub.files import sha256_of
+from loram_hub.licences import Licence
+from loram_hub.manifest import MANIFEST, Manifest
+from loram_hub.plan import ParameterCounts, parameter_counts
+from loram_hub.release import Release
+
+TEMPLATE = "release.md.j2"
+
+
+def release_card(
+    release: Release,
+    *,
+    repo_id: str | None,
+    licence: Licence,
+    evaluation: Mapping[str, object] | None = None,
+    documents: Mapping[str, str] | None = None,
+) -> Card:
+    """Make the card of a release.
+
+    Args:
+        release: opened; its weights need not be there.
+        repo_id: Hub id under which it will be published, if it is known.
+        licence: of the base model.
+        evaluation: the JSON of `loram eval --json`, if it was evaluated.
+        documents: licence texts that will be published with it and are not in the folder, by name.
+
+    Returns:
+        README.md, pictures, evaluation results and, where the licence asks for one that is not there, a Notice file.
+
+    Raises:
+        InvalidRequestError: `repo_id` is no Hub id, or the evaluation is of another model.
+        MissingDependencyError: jinja2 or matplotlib is not installed.
+    """
+    check_repo_id(repo_id)
+    manifest, counts = release.manifest, parameter_counts(release.architecture, release.plan.layers)
+    known = {"base": counts.original_parameters, "pruned": counts.pruned_parameters}
+    measured = None if evaluation is None else read_evaluation(evaluation, parameters=known)
+    curve = alignment_curve(manifest.alignment)
+    described = _described(release, repo_id, licence)
+    pictures = {KEPT_GROUPS: kept_groups_picture(release.plan)}
+    if curve:
+        pictures[ALIGNMENT_LOSS] = alignment_picture(curve)
+    values = {
+        **_facts(release, counts),
+        **licence_values(licence, _changes(manifest)),
+        "title": title_of(repo_id, f"LoRAM release of {manifest.base.id}"),
+        "repo": Markdown(repo_id or "path/to/this/folder"),
+        "losses": loss_rows(measured),
+        "evaluation": evaluation_line(measured),
+        "has_curve": bool(curve),
+        "files": file_rows(_hashes(release)),
+        "unlisted": max(0, len(manifest.files) + 1 - MAX_ROWS),
+    }
+    return Card(
+        text=render_card(TEMPLATE, card_data(described, measured), values),
+        files={
+            **pictures,
+            **eval_results_file(described, measured),
+            **notice_files(release.folder, licence, documents),
+        },
+    )
+
+
+def _described(release: Release, repo_id: str | None, licence: Licence) -> Described:
+    manifest = release.manifest
+    return Described(
+        title=repo_id.rpartition("/")[2] if repo_id else "LoRAM release",
+        repo_id=repo_id,
+        base_id=manifest.base.id,
+        relation=_relation(release),
+        library="loram-hub",  # with `transformers`, the Hub would offer to serve a training proxy
+        licence=licence,
+        tags=("loram", "pruned", *(("bitsandbytes", "4-bit") if release.is_quantized else ())),
+        datasets=tuple(sorted({name for name in _corpora(manifest) if is_hub_id(name)})),
+        model="pruned",
+    )
+
+
+def _relation(release: Release) -> Relation:
+    """Choose among the Hub's four relations, which know no pruning.
+
+    NF4 is `quantized`. Aligned weights were trained: `finetune`. Pruned weights that were not trained are neither
+    adapter, merge nor quantized, and `finetune` is what the Hub assumes of anything else.
+    """
+    return "quantized" if release.is_quantized else "finetune"
+
+
+def _corpora(manifest: Manifest) -> tuple[str, ...]:
+    """Return names of the data that alignment and calibration used, as far as the manifest has them."""
+    named = manifest.alignment.get("corpora") if manifest.alignment else None
+    corpora = [*named] if isinstance(named, list | tuple) else []
+    if manifest.pruning.calibration is not None:
+        corpora.append(manifest.pruning.calibration.get("dataset"))
+    return tuple(name for name in corpora if isinstance(name, str))
+
+
+def _facts(release: Release, counts: ParameterCounts) -> dict[str, object]:
+    manifest, pruning = release.manifest, release.manifest.pruning
+    whole = release.architecture.num_hidden_layers - len(release.plan.kept)
+    return {
+        "base": hub_link(manifest.base.id),
+        "commit": manifest.base.commit,
+        "base_is_local": not is_hub_id(manifest.base.id),
+        "is_quantized": release.is_quantized,
+        "is_sixteen_bit": not release.is_quantized and _dtype(release) in ("bfloat16", "float16"),
+        "is_aligned": manifest.alignment is not None,
+        "may_be_trained": "saved" in manifest.recipe,
+        "ratio": Markdown(f"{pruning.pruning_ratio:g}"),
+        "method": pruning.method,
+        "importance": pruning.importance,
+        "seed": pruning.seed,
+        "layers": release.architecture.num_hidden_layers,
+        "whole_layers": whole,
+        "heads": _range(counts.kept[layer].kv_heads for layer in release.plan.kept),
+        "all_heads": release.architecture.num_key_value_heads,
+        "channels": _range(counts.kept[layer].channels for layer in release.plan.kept),
+        "all_channels": count(release.architecture.intermediate_size),
+        "calibration": _pairs(pruning.calibration),
+        "alignment": _pairs({k: v for k, v in (manifest.alignment or {}).items() if k not in ("losses", "corpora")}),
+        "corpora": [hub_link(name, kind="datasets/") for name in _corpora(manifest)[:20]],
+        "plan_sha256": release.plan.digest,
+        "config_sha256": manifest.base.config_sha256,
+        "tools": _pairs(manifest.tools),
+        "recipe": json_block(manifest.recipe),
+        "base_parameters": count(counts.original_parameters),
+        "base_bytes": size(2 * counts.original_parameters),
+        "parameters": count(counts.pruned_parameters),
+        "reduction": Markdown(f"{counts.reduction:.2f}"),
+        "bf16_bytes": size(counts.bf16_bytes),
+        "nf4_bytes": size(counts.nf4_bytes),
+        "file_bytes": size(sum(entry.size for entry in manifest.files.values())),
+    }
+
+
+def _dtype(release: Release) -> object:
+    return release.config.get("dtype", release.config.get("torch_dtype"))
+
+
+def _changes(manifest: Manifest) -> Markdown:
+    done = [
+        "its files were modified: rows and columns of the weights were removed",
+        *(["the rest was trained further"] if manifest.alignment is not None or "saved" in manifest.recipe else []),
+        *(["quantized to NF4"] if manifest.quantization is not None else []),
+    ]
+    return Markdown(", ".join(done))
+
+
+def _range(numbers: Iterable[int]) -> Markdown:
+    found = sorted(numbers) or [0]
+    return count(found[0]) if found[0] == found[-1] else Markdown(f"{found[0]:,} to {found[-1]:,}")
+
+
+def _pairs(values: Mapping[str, object] | None) -> Markdown | None:
+    """Show an untrusted mapping of simple values in one line; None if there is none."""
+    simple = {key: value for key, value in (values or {}).items() if isinstance(value, str | int | float)}
+    return Markdown(", ".join(code(f"{key} {value}") for key, value in [*simple.items()][:20])) if simple else None
+
+
+def _hashes(release: Release) -> dict[str, str]:
+    manifest = Path(release.folder) / MANIFEST
+    return {MANIFEST: sha256_of(manifest)} | {
+        name: entry.sha256 for name, entry in sorted(release.manifest.files.items())
+    }
