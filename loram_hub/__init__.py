@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from loram_hub.inspection import verify as verify
     from loram_hub.merging import merge as merge
     from loram_hub.pruning import prune as prune
+    from loram_hub.pushing import push as push
+    from loram_hub.pushing import push_adapter as push_adapter
     from loram_hub.quantization import quantize as quantize
     from loram_hub.recovery import recover as recover
 
@@ -30,6 +32,8 @@ _HOME = {
     "info": "inspection",
     "merge": "merging",
     "prune": "pruning",
+    "push": "pushing",
+    "push_adapter": "pushing",
     "quantize": "quantization",
     "recover": "recovery",
     "verify": "inspection",
@@ -43,6 +47,8 @@ __all__ = [
     "info",
     "merge",
     "prune",
+    "push",
+    "push_adapter",
     "quantize",
     "recover",
     "verify",

@@ -28,10 +28,10 @@ from loram_hub.architecture import LAYER_PREFIX, Architecture, LayerSizes
 from loram_hub.checkpoint import CONFIG, INDEX_FILE, weight_files
 from loram_hub.errors import InvalidRequestError
 from loram_hub.files import dump_json
-from loram_hub.hub import resolve
+from loram_hub.hub import fetch_release
 from loram_hub.manifest import Manifest
 from loram_hub.quantization import NF4_DESCRIPTION
-from loram_hub.release import MASK_INDEX, Release, base_config_of, open_release, release_config, seal_release
+from loram_hub.release import MASK_INDEX, Release, base_config_of, release_config, seal_release
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +82,11 @@ class AutoLoramModel:
             >>> from loram_hub import AutoLoramModel  # doctest: +SKIP
             >>> model = AutoLoramModel.from_pretrained("org/Llama-3.1-70B-LoRAM-0.85")  # doctest: +SKIP
         """
-        source = resolve(
-            release, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
         if taken := {"config", "output_loading_info", "trust_remote_code", "state_dict"} & set(kwargs):
             raise InvalidRequestError(f"{sorted(taken)} cannot be given: a release decides them itself.")
-        opened = open_release(source.folder)
+        source, opened = fetch_release(
+            release, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         chosen = _chosen_dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype, device_map)
         config = _config_class(opened.architecture.family.model_type).from_dict(base_config_of(opened.config))
         _set_compute_dtype(config, chosen)

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +23,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from loram_hub.adapter import check_base, pinned_revision
 from loram_hub.auto import AutoLoramModel, supported_dtype
 from loram_hub.errors import InvalidRequestError, MissingDependencyError
-from loram_hub.hub import resolve
+from loram_hub.hub import ADAPTER_FILES, resolve
 from loram_hub.texts import Example, Specification, read_examples
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 MODELS = ("base", "pruned", "pruned + adapter", "base + recovered adapter")
 """Names of the rows, in their order."""
-ADAPTER_FILES = ("adapter_config.json", "*.safetensors")
 _IGNORED = -100
 _LARGEST_LOGITS = 2**28
 """Most logits computed at once (1 GiB in fp32): a vocabulary of 128k times 2,048 positions."""
@@ -122,6 +123,7 @@ def evaluate(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     limit: int | None = None,
+    allow_base_mismatch: bool = False,
 ) -> EvaluationTable:
     """Compare base, pruned, pruned + adapter, and base + recovered adapter on held-out data; name those that you have.
 
@@ -136,12 +138,14 @@ def evaluate(
         device: where the models run; None for the CPU.
         dtype: that the models compute in; None for the best the device has in hardware.
         limit: read at most this many records of the data.
+        allow_base_mismatch: take another state of the base than the one that the recovered adapter was made for.
 
     Returns:
         One row per model.
 
     Raises:
         InvalidRequestError: no model, an adapter without its model, or no data.
+        IncompatibleError: the base is not at the commit that the recovered adapter names.
         MissingDependencyError: an adapter is given and peft is not installed.
 
     Example:
@@ -153,7 +157,8 @@ def evaluate(
         raise InvalidRequestError(f"batch_size is {batch_size}; at least 1 sequence is needed.")
     where = device or "cpu"
     chosen = dtype or supported_dtype(where.partition(":")[0])
-    base_folder = None if base is None else str(resolve(base).folder)
+    recovered_folder = None if recovered is None else resolve(recovered, files=ADAPTER_FILES).folder
+    base_folder = None if base is None else str(_resolve_base(base, recovered_folder, allow_base_mismatch))
     release_folder = None if release is None else str(resolve(release).folder)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base_folder or release_folder)
     encoded, cut_examples = encode_examples(read_examples(data, limit=limit), tokenizer, max_tokens=max_tokens)
@@ -169,7 +174,7 @@ def evaluate(
 
     rows: list[EvaluationRow] = []
     if base_folder is not None:
-        rows += _rows(load_base, recovered, ("base", "base + recovered adapter"), encoded, batch_size)
+        rows += _rows(load_base, recovered_folder, ("base", "base + recovered adapter"), encoded, batch_size)
     if release_folder is not None:
         rows += _rows(load_pruned, adapter, ("pruned", "pruned + adapter"), encoded, batch_size)
     return EvaluationTable(
@@ -326,6 +331,14 @@ def _check_models(
         raise InvalidRequestError("An adapter that was trained on a release needs that release: name it, too.")
     if recovered is not None and base is None:
         raise InvalidRequestError("A recovered adapter needs the base model: name it, too.")
+
+
+def _resolve_base(base: str | os.PathLike[str], recovered: Path | None, allow_mismatch: bool) -> Path:
+    """Return the base's folder, at the commit that the recovered adapter names if there is one."""
+    source = resolve(base, revision=None if recovered is None else pinned_revision(recovered, base))
+    if recovered is not None and not allow_mismatch:
+        check_base(recovered, source.folder, commit=source.commit)
+    return source.folder
 
 
 def _with_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> nn.Module:

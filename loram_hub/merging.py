@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 
-from loram_hub.adapter import CONFIG as ADAPTER_CONFIG
-from loram_hub.adapter import DTYPES, RECORD, WEIGHTS, Adapter, DtypeName, LoraPair, read_adapter
+from loram_hub.adapter import DTYPES, Adapter, DtypeName, LoraPair, check_base, pinned_revision, read_adapter
 from loram_hub.architecture import EMBEDDING, LM_HEAD
 from loram_hub.checkpoint import CONFIG, Checkpoint, ShardWriter, TensorInfo, copy_companions
 from loram_hub.errors import IncompatibleError, InvalidRequestError, PlanMismatchError, VerificationError
 from loram_hub.files import atomic_folder, dump_json, refuse_existing, refuse_overlap, resource_errors
-from loram_hub.hub import resolve
+from loram_hub.hub import ADAPTER_FILES, resolve
 from loram_hub.release import MODEL_TYPE_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -67,6 +66,7 @@ def merge(
     revision: str | None = None,
     token: str | bool | None = None,
     device: str | None = None,
+    allow_base_mismatch: bool = False,
 ) -> MergedModel:
     """Merge a recovered (or any full-size) LoRA adapter into the original model and write the whole model.
 
@@ -82,6 +82,7 @@ def merge(
         revision: of the base on the Hub; None for the one the adapter names, if it names this base.
         token: of the Hub.
         device: where to multiply; None for the CPU.
+        allow_base_mismatch: merge into another state of the base than the one that the adapter was made for.
 
     Returns:
         What was written.
@@ -89,7 +90,7 @@ def merge(
     Raises:
         PlanMismatchError: the adapter does not fit the base, for example because it was not recovered.
         UnsupportedAdapterError: it is no plain LoRA.
-        IncompatibleError: the base is quantized, or is itself a release.
+        IncompatibleError: the base is quantized, is itself a release, or is not at the commit the adapter names.
         CheckpointError: base or adapter lack a file.
         VerificationError: a file is torn, or a weight overflows `dtype`.
         InvalidRequestError: `out_dir` exists.
@@ -102,11 +103,12 @@ def merge(
     refuse_existing(target, overwrite=overwrite)
     if dtype is not None and dtype not in DTYPES:
         raise InvalidRequestError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed.")
-    adapter_folder = resolve(adapter, token=token, files=(ADAPTER_CONFIG, WEIGHTS, RECORD)).folder
+    adapter_folder = resolve(adapter, token=token, files=ADAPTER_FILES).folder
     lora = read_adapter(adapter_folder)
-    pinned = lora.config.revision if lora.config.base == str(base) else None
-    source = resolve(base, revision=revision or pinned, token=token)
+    source = resolve(base, revision=revision or pinned_revision(adapter_folder, base), token=token)
     folder = source.folder
+    if not allow_base_mismatch:
+        check_base(adapter_folder, folder, commit=source.commit)
     refuse_overlap(target, folder, adapter_folder)
     if lora.config.base not in (None, str(base), source.id):
         logger.warning("The adapter was made for %s; merging it into %s", lora.config.base, source.id)

@@ -20,7 +20,7 @@ from loram_hub.architecture import Architecture, is_ignored_tensor
 from loram_hub.checkpoint import Checkpoint, ShardWriter, copy_companions
 from loram_hub.errors import InvalidRequestError
 from loram_hub.files import refuse_existing, refuse_overlap
-from loram_hub.hub import resolve
+from loram_hub.hub import fetch_release
 from loram_hub.manifest import Manifest
 from loram_hub.plan import NF4_BLOCK, parameter_counts
 from loram_hub.release import Release, base_config_of, open_release, release_config, write_release
@@ -170,7 +170,7 @@ def _checked(
     release: str | os.PathLike[str], out: Path, *, overwrite: bool, revision: str | None, token: str | bool | None
 ) -> Release:
     refuse_existing(out, overwrite=overwrite)
-    source = open_release(resolve(release, revision=revision, token=token).folder)
+    source = fetch_release(release, revision=revision, token=token)[1]
     refuse_overlap(out, source.folder)
     if source.is_quantized:
         raise InvalidRequestError(f"{source.folder} is quantized already ({source.manifest.quantization}).")

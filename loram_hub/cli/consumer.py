@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from loram_hub.cli.group import main
-from loram_hub.cli.options import hub_options, json_option, write_options
+from loram_hub.cli.options import hub_options, json_option, mismatch_option, write_options
 from loram_hub.cli.output import jsonable, print_info, print_result, print_table, size_text, suggest
 
 
@@ -26,17 +26,34 @@ def show_info(release: str, revision: str | None, token: str | None, as_json: bo
 
 
 @main.command(epilog="Example: loram verify org/Llama-3.1-70B-LoRAM-0.85")
-@click.argument("release")
+@click.argument("target")
+@click.option("--full", is_flag=True, help="Also compare the kept weights with the base model's, bit by bit.")
+@click.option("--base", help="The base model, folder or Hub id. Default: what TARGET names, where it is needed.")
 @hub_options
 @json_option
-def verify(release: str, revision: str | None, token: str | None, as_json: bool) -> None:
-    """Check every byte of RELEASE against its manifest, and its plan against its config."""
-    from loram_hub import verify as verify_release
+def verify(target: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """Check every byte and every claim of TARGET, a release or an adapter (Hub id or folder)."""
+    from loram_hub import verify as verify_target
 
-    found = verify_release(release, revision=revision, token=token)
-    files = found.manifest.files
-    result = {"intact": True, "files": len(files), "bytes": sum(entry.size for entry in files.values())}
-    print_result(result, as_json, lambda: click.echo(f"Intact: {result['files']} files, {size_text(result['bytes'])}."))
+    found = verify_target(target, **options)
+    result = {
+        "intact": True,
+        "kind": found.kind,
+        "id": found.id,
+        "commit": found.commit,
+        "files": found.files,
+        "bytes": found.nbytes,
+        "checked": list(found.checked),
+        "not_checked": list(found.not_checked),
+    }
+
+    def show() -> None:
+        click.echo(f"Intact: {found.kind} of {found.files} files, {size_text(found.nbytes)}.")
+        for mark, phrases in (("checked", found.checked), ("not checked", found.not_checked)):
+            for phrase in phrases:
+                click.echo(f"  {mark}: {phrase}")
+
+    print_result(result, as_json, show)
 
 
 @main.command(epilog="Example: loram recover outputs/checkpoint-400 my-adapter")
@@ -78,6 +95,7 @@ def recover(adapter: str, out: Path, as_json: bool, **options: Any) -> None:  # 
 @click.argument("base")
 @click.argument("adapter")
 @click.argument("out", type=click.Path(path_type=Path))
+@mismatch_option
 @write_options
 @hub_options
 @json_option
@@ -111,6 +129,7 @@ def merge(base: str, adapter: str, out: Path, as_json: bool, **options: Any) -> 
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences per forward pass.")
 @click.option("--limit", type=int, help="Read at most this many records.")
 @click.option("--device", help="Where to run, for example cuda. Default: cpu.")
+@mismatch_option
 @json_option
 def evaluate(data: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Compare test loss and perplexity on DATA: texts or prompt/completion records (file, folder or dataset id)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -47,4 +48,13 @@ structure_options = _options(
     click.option(
         "--round-to", type=int, help="Round kept MLP channels up to a multiple (64 suits NF4). Off by default."
     ),
+)
+license_option = click.option(
+    "--license", help="Licence of the base model as the Hub names it. Default: what its card or name tells."
+)
+evaluation_option = click.option(
+    "--evaluation", type=click.Path(path_type=Path), help="What 'loram eval --json' printed, for the card."
+)
+mismatch_option = click.option(
+    "--allow-base-mismatch", is_flag=True, help="Take another state of the base than the adapter was made for."
 )

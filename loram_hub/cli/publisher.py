@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loram_hub.cli.group import main
-from loram_hub.cli.options import STRUCTURE, hub_options, json_option, structure_options, write_options
-from loram_hub.cli.output import print_counts, print_json, print_release, print_result, size_text, suggest
+from loram_hub.cli.options import (
+    STRUCTURE,
+    evaluation_option,
+    hub_options,
+    json_option,
+    license_option,
+    structure_options,
+    write_options,
+)
+from loram_hub.cli.output import print_counts, print_json, print_release, print_result, print_table, size_text, suggest
+
+if TYPE_CHECKING:
+    from loram_hub.pushing import Pushed
 
 
 @main.command(epilog="Example: loram plan meta-llama/Llama-3.1-70B --pruning-ratio 0.85")
@@ -84,3 +95,74 @@ def quantize(release: str, out: Path, dry_run: bool, as_json: bool, **options: A
     from loram_hub import quantize as quantize_release
 
     print_release(quantize_release(release, out, **options).folder, as_json)
+
+
+@main.command(epilog="Example: loram card release-nf4 --repo-id org/Llama-3.1-70B-LoRAM-0.85 --evaluation eval.json")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--repo-id", help="Hub id under which it will be published.")
+@license_option
+@evaluation_option
+@click.option("--dry-run", is_flag=True, help="Print the card instead of writing it.")
+@json_option
+def card(folder: Path, evaluation: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """Write README.md and its pictures into a release or recovered adapter, from what FOLDER records."""
+    from loram_hub.cards import make_card, write_card
+    from loram_hub.files import read_json
+
+    made = make_card(folder, evaluation=None if evaluation is None else read_json(evaluation), **options)
+    names = list(made.all_files)
+    if not dry_run:
+        write_card(folder, made)
+    result = {"files": names, "dry_run": dry_run} | ({"card": made.readme} if dry_run else {})
+    text = made.readme if dry_run else f"Wrote {', '.join(names)} into {folder}."
+    print_result(result, as_json, lambda: click.echo(text))
+
+
+@main.command(epilog="Example: loram push release-nf4 org/Llama-3.1-70B-LoRAM-0.85 --tag v1 --dry-run")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repo_id")
+@click.option("--private/--public", default=None, help="Default: public, but private if the base is gated or not seen.")
+@click.option(
+    "--gated",
+    type=click.Choice(["auto", "manual", "off"]),
+    help="How access is granted. Default: as the repository is; auto if the base is gated.",
+)
+@license_option
+@evaluation_option
+@click.option("--tag", help="Tag for the commit, such as v1.")
+@click.option("--collection", help="Slug of a collection, or the title of one of yours; made if there is none.")
+@click.option("--message", help="Title of the commit.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub token; by default the one you are logged in with.")
+@click.option("--dry-run", is_flag=True, help="Check everything and say what would be pushed, without pushing.")
+@json_option
+def push(folder: Path, repo_id: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """Publish the release or recovered adapter FOLDER on the Hub; run it again to complete a push that broke off."""
+    from loram_hub import push as push_release
+    from loram_hub import push_adapter
+    from loram_hub.adapter import CONFIG as ADAPTER_CONFIG
+
+    publish = push_adapter if (folder / ADAPTER_CONFIG).is_file() else push_release
+    options["gated"] = False if options["gated"] == "off" else options["gated"]
+    pushed = publish(folder, repo_id, **options)
+    print_result(pushed.to_dict(), as_json, lambda: _print_pushed(pushed, folder))
+
+
+def _print_pushed(pushed: Pushed, folder: Path) -> None:
+    rows = [(file.name, size_text(file.size), "new" if file.is_new else "on the Hub already") for file in pushed.files]
+    print_table(("file", "size", ""), rows)
+    for name in pushed.left_out:
+        click.echo(f"left out: {name}")
+    for name in pushed.deleted:
+        click.echo(f"deleted on the Hub: {name}")
+    click.echo(f"licence: {pushed.licence}")
+    for duty in pushed.duties:
+        click.echo(f"  {'met' if duty.met else 'NOT MET'}: {duty.what}{'' if duty.met else f'. {duty.how}'}")
+    for note in pushed.notes:
+        click.echo(note)
+    seen = "private" if pushed.private else "public"
+    gate = f", gated ({pushed.gated})" if pushed.gated else ""
+    size = f"{len(pushed.files)} files, {size_text(pushed.nbytes)}, {size_text(pushed.new_bytes)} of them new"
+    verb = "Pushed" if pushed.commit else "Would push"
+    click.echo(f"{verb} {folder} to {pushed.url} ({seen}{gate}): {size}.")
+    if pushed.commit:
+        click.echo(f"commit: {pushed.commit}")

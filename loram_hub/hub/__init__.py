@@ -4,9 +4,11 @@
 in two phases; `access` says which failures pass, and turns the others into one kind of error.
 """
 
+from loram_hub.hub.fetching import ADAPTER_FILES as ADAPTER_FILES
 from loram_hub.hub.fetching import CHECKPOINT_FILES as CHECKPOINT_FILES
 from loram_hub.hub.fetching import METADATA_FILES as METADATA_FILES
 from loram_hub.hub.fetching import Source as Source
+from loram_hub.hub.fetching import fetch_release as fetch_release
 from loram_hub.hub.fetching import resolve as resolve
 from loram_hub.hub.fetching import resolve_config as resolve_config
 from loram_hub.hub.fetching import source_of as source_of

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from typing import TypeVar
 
 from huggingface_hub.errors import (
@@ -40,7 +41,7 @@ def persistently(action: Callable[[], _T]) -> _T:
     for pause in _PAUSES:
         try:
             return action()
-        except (HTTPError, OSError) as err:
+        except (HTTPError, OSError, JSONDecodeError, UnicodeDecodeError) as err:
             if not _may_pass(err):
                 raise
             logger.info("%s; trying again in %g s", _first_line(err), pause)
@@ -102,6 +103,8 @@ def access_errors(name: str) -> Iterator[None]:
                 f"Downloading {name} failed: {err}. Free some space, or set HF_HOME elsewhere."
             ) from err
         raise AccessError(f"The Hub could not be reached for {name}: {_first_line(err)}") from err
+    except (JSONDecodeError, UnicodeDecodeError) as err:
+        raise AccessError(f"The Hub's answer about {name} cannot be read: {err}. Try again later.") from err
     except HTTPError as err:
         raise AccessError(
             f"The connection to the Hub broke off ({type(err).__name__}) at {name}. Run it again: what has arrived is "

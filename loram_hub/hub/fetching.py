@@ -10,14 +10,17 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
 
 from loram_hub.digests import git_sha1_of, remembered_sha256
-from loram_hub.errors import CheckpointError, VerificationError
+from loram_hub.errors import CheckpointError, LoramError, VerificationError
 from loram_hub.hub.access import access_errors, persistently
+from loram_hub.release import Release, verify
+from loram_hub.tensors import sha256_of_finite
 
 CHECKPOINT_FILES = (
     "*.json",
@@ -35,6 +38,9 @@ CHECKPOINT_FILES = (
 
 METADATA_FILES = ("loram.json", "mask_index.safetensors", "config.json")
 """What recovery needs of a release: manifest, mask indexes, the base's config."""
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "loram.json")
+"""What is fetched of an adapter."""
 
 # How huggingface_hub lays its cache out. Hub names may hold single hyphens, never two in a row.
 _SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
@@ -62,6 +68,7 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     files: Sequence[str] = CHECKPOINT_FILES,
+    compare: bool = True,
 ) -> Source:
     """Return the local folder of a model, release or adapter, downloading it if it is a Hub id.
 
@@ -72,6 +79,8 @@ def resolve(
         cache_dir: cache folder of huggingface_hub; None for its default.
         local_files_only: do not use the network.
         files: patterns of the files to fetch.
+        compare: compare what is in the cache with the hashes that the Hub states; off where the caller has hashes of
+            his own.
 
     Raises:
         CheckpointError: neither a folder nor a possible Hub id.
@@ -97,7 +106,42 @@ def resolve(
         wanted = filter_repo_objects(present, allow_patterns=list(files))
         return [Path(snapshot), *(present[found] for found in sorted(wanted))]
 
-    return source_of(_download_checked(str(name), download, offline=offline)[0])
+    if compare:
+        return source_of(_download_compared(str(name), download, offline=offline)[0])
+    with access_errors(str(name)):
+        return source_of(persistently(download)[0])
+
+
+def fetch_release(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> tuple[Source, Release]:
+    """Return a release with its weights, every byte of it verified; arguments are those of `resolve`.
+
+    What was verified before and has not changed since is not read again. A file that was damaged on its way is fetched
+    once more.
+
+    Raises:
+        VerificationError: the release was altered or torn.
+        IncompatibleError: its format is newer, or weights and plan do not fit.
+        AccessError: the Hub refused or could not be reached.
+    """
+    read = partial(remembered_sha256, read=sha256_of_finite)
+    fetch = partial(
+        resolve, name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    source = fetch(compare=False)
+    try:
+        return source, verify(source.folder, sha256=read)
+    except LoramError:
+        if source.commit is None or Path(name).expanduser().is_dir():
+            raise
+        source = fetch(compare=True)
+    return source, verify(source.folder, sha256=read)
 
 
 def source_of(folder: Path) -> Source:
@@ -129,18 +173,17 @@ def resolve_config(
     def download() -> list[Path]:
         return [Path(hf_hub_download(str(name), "config.json", revision=revision, token=token))]
 
-    return _download_checked(str(name), download, offline=constants.HF_HUB_OFFLINE)[0]
+    return _download_compared(str(name), download, offline=constants.HF_HUB_OFFLINE)[0]
 
 
-def _download_checked(name: str, download: Callable[[], list[Path]], *, offline: bool) -> list[Path]:
+def _download_compared(name: str, download: Callable[[], list[Path]], *, offline: bool) -> list[Path]:
     """Download until every file has the content that the Hub states for it; what is damaged is fetched once more."""
     with access_errors(name):
         paths = persistently(download)
         damaged = [path for path in paths if not _has_stated_content(path)]
         if damaged and not offline:
             for path in damaged:
-                Path(os.path.realpath(path)).unlink()
-                path.unlink()
+                _remove_from_cache(path)
             paths = persistently(download)
             damaged = [path for path in paths if not _has_stated_content(path)]
     if damaged:
@@ -154,11 +197,23 @@ def _download_checked(name: str, download: Callable[[], list[Path]], *, offline:
 def _has_stated_content(path: Path) -> bool:
     """Whether a file in the cache has the hash that it is named by; true for what the cache names otherwise.
 
-    The cache keeps content under the ETag that the Hub sent: the SHA-256 of LFS files, git's blob id of the others.
+    A file in a snapshot is a link to a blob, which is named by the ETag that the Hub sent: the SHA-256 of LFS files,
+    git's blob id of the others. What came through xet is in turn a link into a store that names content its own way.
     """
-    blob = Path(os.path.realpath(path))
-    if not path.is_symlink() or blob.parent.name != "blobs":
+    if not path.is_symlink():
+        return True
+    blob = path.parent / path.readlink()
+    if blob.parent.name != "blobs":
         return True
     if _SHA256.fullmatch(blob.name):
-        return remembered_sha256(blob) == blob.name
-    return _SHA1.fullmatch(blob.name) is None or git_sha1_of(blob) == blob.name
+        return remembered_sha256(path) == blob.name
+    return _SHA1.fullmatch(blob.name) is None or git_sha1_of(path) == blob.name
+
+
+def _remove_from_cache(path: Path) -> None:
+    """Remove a file from a snapshot and everything that it is a link to."""
+    while path.is_symlink():
+        target = path.parent / path.readlink()
+        path.unlink()
+        path = target
+    path.unlink(missing_ok=True)

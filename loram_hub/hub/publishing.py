@@ -32,6 +32,7 @@ from huggingface_hub.utils import tqdm
 from loram_hub.digests import git_sha1_of
 from loram_hub.errors import AccessError, InvalidRequestError, VerificationError
 from loram_hub.hub.access import access_errors, persistently, status_of
+from loram_hub.licences import declared_licence
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class RemoteRepository:
     files: Mapping[str, RemoteFile]
     """Files at that commit, by path."""
     licence: str | None
-    """The `license` of its card."""
+    """What its card declares."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +118,6 @@ def look_up(repo_id: str, *, revision: str | None = None, token: str | bool | No
 
 def _look_up(api: HfApi, repo_id: str, revision: str | None) -> RemoteRepository:
     info: ModelInfo = api.model_info(repo_id, revision=revision, files_metadata=True)
-    licence = None if info.card_data is None else info.card_data.get("license")
     return RemoteRepository(
         commit=str(info.sha),
         private=bool(info.private),
@@ -128,7 +128,7 @@ def _look_up(api: HfApi, repo_id: str, revision: str | None) -> RemoteRepository
             )
             for file in info.siblings or ()
         },
-        licence=licence if isinstance(licence, str) else None,
+        licence=None if info.card_data is None else declared_licence(info.card_data.to_dict()),
     )
 
 

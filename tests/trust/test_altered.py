@@ -1,0 +1,120 @@
+"""Every altered release and adapter is refused, each by a message of its own; the message is one printable line."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trust.adapter_corpus import ADAPTERS
+from trust.alterations import Alteration
+from trust.corpus import RELEASES
+from trust.subjects import SUBJECTS, build_subjects
+
+from loram_hub.errors import IncompatibleError, LoramError, VerificationError
+from loram_hub.inspection import verify
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+CORPUS = (*RELEASES, *ADAPTERS)
+LEAST_KINDS = 60
+ERRORS = {3: VerificationError, 4: IncompatibleError}
+THROUGH_THE_COMMAND = (
+    "pickle added",
+    "escape sequence in a file's name",
+    "bottomless nesting",
+    "newer format",
+    "auto_map",
+    "indices unsorted",
+    "header beyond belief",
+    "NaN in a norm",
+    "NF4: block size 0",
+    "adapter: DoRA",
+    "adapter: NaN in a factor",
+    "adapter: module to import",
+)
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sound artefacts, to be copied."""
+    folder = tmp_path_factory.mktemp("subjects")
+    build_subjects(folder)
+    return folder
+
+
+def altered(subjects: Path, alteration: Alteration, target: Path) -> Path:
+    folder = target / "altered"
+    shutil.copytree(subjects / alteration.subject, folder)
+    alteration.alter(folder)
+    return folder
+
+
+def base_for(subjects: Path, alteration: Alteration) -> Path | None:
+    """Adapters are checked against their base; releases need none."""
+    return subjects / "base" if alteration in ADAPTERS else None
+
+
+def refusal(subjects: Path, alteration: Alteration, target: Path) -> LoramError:
+    folder = altered(subjects, alteration, target)
+    with pytest.raises(LoramError) as caught:
+        verify(folder, base=base_for(subjects, alteration))
+    return caught.value
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_what_is_altered_was_sound_before(subjects: Path, subject: str) -> None:
+    verify(subjects / subject, base=subjects / "base")
+
+
+@pytest.mark.parametrize("alteration", CORPUS, ids=lambda alteration: alteration.kind)
+def test_an_altered_artefact_is_refused(subjects: Path, alteration: Alteration, tmp_path: Path) -> None:
+    error = refusal(subjects, alteration, tmp_path)
+
+    assert error.exit_code == alteration.exit_code
+    assert isinstance(error, ERRORS[alteration.exit_code])
+    assert re.search(alteration.message, str(error)), str(error)
+    assert str(error).isprintable()
+    assert len(str(error)) < 1000 + len(str(tmp_path))
+
+
+def test_every_kind_has_a_message_of_its_own(subjects: Path, tmp_path: Path) -> None:
+    found: dict[str, str] = {}
+    for number, alteration in enumerate(CORPUS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        message = str(refusal(subjects, alteration, folder)).replace(str(folder), "")
+        assert message not in found, f"{alteration.kind} and {found[message]} read alike: {message}"
+        found[message] = alteration.kind
+        shutil.rmtree(folder)
+
+    assert len(found) == len(CORPUS) >= LEAST_KINDS
+    assert len({alteration.kind for alteration in CORPUS}) == len(CORPUS)
+    assert {alteration.exit_code for alteration in CORPUS} == {3, 4}
+    print(f"{len(RELEASES)} kinds of altered release and {len(ADAPTERS)} of adapter, all refused")  # noqa: T201
+
+
+@pytest.mark.parametrize("kind", THROUGH_THE_COMMAND)
+def test_the_command_ends_with_the_exit_code_and_no_traceback(subjects: Path, kind: str, tmp_path: Path) -> None:
+    alteration = next(each for each in CORPUS if each.kind == kind)
+    folder = altered(subjects, alteration, tmp_path)
+    base = base_for(subjects, alteration)
+
+    run = subprocess.run(
+        [sys.executable, "-m", "loram_hub", "verify", str(folder), *([] if base is None else ["--base", str(base)])],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+
+    assert run.returncode == alteration.exit_code, run.stderr
+    assert run.stdout == ""
+    assert run.stderr.startswith("Error: ")
+    assert "Traceback" not in run.stderr
+    assert "\x1b" not in run.stderr
+    assert len(run.stderr.splitlines()) == 1
