@@ -388,7 +388,13 @@ def _with_card(
     if _CARD not in content.files:
         measured = request.evaluation
         values = read_json(Path(measured)) if isinstance(measured, str | os.PathLike) else measured
-        card = make_card(content.folder, repo_id=request.repo_id, license=licence.id, evaluation=values)
+        card = make_card(
+            content.folder,
+            repo_id=request.repo_id,
+            license=licence.id,
+            evaluation=values,
+            documents=_texts(content.files | added),
+        )
         made = {name: data for name, data in card.all_files.items() if name not in content.files | added}
         added |= {name: _generated(name, data) for name, data in made.items()}
     return added
@@ -410,10 +416,10 @@ def _licence_duties(licence: Licence, request: _Request, files: Mapping[str, Upl
 def _refuse_unmet(planned: Pushed) -> None:
     unmet = [duty for duty in planned.duties if not duty.met]
     if unmet:
-        listed = "".join(f"\n- {duty.what}: {duty.how}" for duty in unmet)
+        listed = " ".join(f"({number}) {duty.what}: {duty.how}" for number, duty in enumerate(unmet, start=1))
         raise InvalidRequestError(
             f"{planned.repo_id} does not meet the licence of {planned.base_id} ({planned.licence}); nothing was "
-            f"pushed.{listed}"
+            f"pushed. Missing: {listed}"
         )
 
 

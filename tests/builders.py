@@ -109,10 +109,11 @@ def save_metadata_release(
     *,
     base_id: str = "org/base",
     commit: str | None = "0123456789abcdef0123456789abcdef01234567",
+    config_sha256: str = "0" * 64,
 ) -> Path:
     """Write a release without weights: manifest, mask indexes, config."""
     manifest = Manifest(
-        base=BaseModel(id=base_id, commit=commit, config_sha256="0" * 64, parameters=1),
+        base=BaseModel(id=base_id, commit=commit, config_sha256=config_sha256, parameters=1),
         pruning=Pruning(
             method="structured",
             importance="random",

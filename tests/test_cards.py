@@ -538,6 +538,17 @@ def test_an_adapter_whose_record_was_altered_gets_no_card(
         make_card(adapter)
 
 
+@pytest.mark.parametrize("change", [{"base_model_name_or_path": "org/other"}, {"revision": "main"}, {"revision": None}])
+def test_an_adapter_whose_config_names_another_base_than_its_record_gets_no_card(
+    adapter: Path, change: dict[str, Any]
+) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(dump_json(config | change))
+
+    with pytest.raises(VerificationError, match=r"Recover the adapter again"):
+        make_card(adapter, license="llama3.1")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -709,7 +720,7 @@ def test_no_text_of_a_manifest_becomes_markup(
     assert json.loads(shown) in (manifest.recipe, None)
 
 
-@given(st.text())
+@given(st.text() | st.text("`|<>$\\ \n\x1b\u202eab"))
 def test_a_code_span_has_one_line_of_visible_characters_and_no_way_out(value: str) -> None:
     span = code(value)
 
@@ -763,3 +774,15 @@ def test_a_manifest_of_many_files_gives_a_card_of_bounded_length(release: Releas
 def test_the_picture_of_alignment_is_of_the_given_numbers() -> None:
     assert alignment_picture([(0, 5.0), (1, 4.0)]) == alignment_picture([(0, 5.0), (1, 4.0)])
     assert alignment_picture([(0, 5.0), (1, 4.0)]) != alignment_picture([(0, 5.0), (1, 4.5), (2, 4.0)])
+
+
+def test_what_evaluate_returns_is_what_a_card_takes(release: Release) -> None:
+    from loram_hub import evaluation
+
+    row = evaluation.EvaluationRow(
+        model="base + recovered adapter", loss=3.25, perplexity=25.8, parameters=9, memory_bytes=1, seconds=0.1
+    )
+    table = evaluation.EvaluationTable(rows=(row,), examples=2, tokens=10, cut_examples=0)
+
+    assert "| base + recovered adapter | 3.2500 | 25.80 | 9 |" in _card(release, evaluation=table.to_dict()).text
+    assert ROWS == evaluation.MODELS

@@ -33,6 +33,7 @@ from loram_hub.errors import (
     UnsupportedAdapterError,
     VerificationError,
 )
+from loram_hub.files import sha256_of
 from loram_hub.merging import merge
 from loram_hub.recovery import recover
 
@@ -71,7 +72,9 @@ def test_merging_gives_what_peft_merges(tmp_path: Path, model_type: str) -> None
     base = save_base(tmp_path / "base", config)
     plan = half_plan(architecture_of(config))
     tensors = {name: value * np.float32(0.1) for name, value in random_factors(projections(plan)).items()}
-    release = save_metadata_release(tmp_path / "release", config, plan)
+    release = save_metadata_release(
+        tmp_path / "release", config, plan, commit=None, config_sha256=sha256_of(base / "config.json")
+    )
     recover(save_adapter(tmp_path / "pruned", tensors, base=release), tmp_path / "adapter", dtype="float32")
 
     result = merge(base, tmp_path / "adapter", tmp_path / "merged")
@@ -312,3 +315,26 @@ def test_merging_over_an_input_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequestError, match="overlap"):
             merge(base, adapter, out, overwrite=True)
     assert (adapter / "adapter_model.safetensors").exists()
+
+
+def test_another_state_of_the_base_is_refused_unless_allowed(tmp_path: Path) -> None:
+    config = tiny_config()
+    base = save_base(tmp_path / "base", config)
+    plan = half_plan(architecture_of(config))
+    release = save_metadata_release(tmp_path / "release", config, plan, config_sha256="1" * 64)
+    recover(save_adapter(tmp_path / "pruned", random_factors(projections(plan)), base=release), tmp_path / "adapter")
+
+    with pytest.raises(IncompatibleError, match="config.json has the SHA-256 111111111111"):
+        merge(base, tmp_path / "adapter", tmp_path / "merged")
+    assert merge(base, tmp_path / "adapter", tmp_path / "merged", allow_base_mismatch=True).merged > 0
+
+
+def test_a_snapshot_at_another_commit_than_the_adapters_is_refused(tmp_path: Path) -> None:
+    config = tiny_config()
+    base = save_base(tmp_path / "models--org--base" / "snapshots" / ("a" * 40), config)
+    plan = half_plan(architecture_of(config))
+    release = save_metadata_release(tmp_path / "release", config, plan, commit="b" * 40)
+    recover(save_adapter(tmp_path / "pruned", random_factors(projections(plan)), base=release), tmp_path / "adapter")
+
+    with pytest.raises(IncompatibleError, match="commit bbbbbbbbbbbb of its base; .* is at aaaaaaaaaaaa"):
+        merge(base, tmp_path / "adapter", tmp_path / "merged")

@@ -127,7 +127,7 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
         from matplotlib.figure import Figure
     except ImportError as err:
         raise MissingDependencyError("Pictures on model cards need matplotlib: pip install matplotlib") from err
-    with style.context("default", after_reset=True):
+    with style.context("default"):
         yield Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loram_hub.cli.group import main
 from loram_hub.cli.options import hub_options, json_option, mismatch_option, write_options
 from loram_hub.cli.output import jsonable, print_info, print_result, print_table, size_text, suggest
+from loram_hub.errors import IncompatibleError
+
+if TYPE_CHECKING:
+    from loram_hub.doctor import Diagnosis, FixedAdapter
 
 
 @main.command(name="info", epilog="Example: loram info org/Llama-3.1-70B-LoRAM-0.85")
@@ -89,6 +93,54 @@ def recover(adapter: str, out: Path, as_json: bool, **options: Any) -> None:  # 
         suggest("vllm serve", recovered.base_id, *lora, f"tuned={recovered.folder}")
 
     print_result(result, as_json, show)
+
+
+@main.command(epilog="Example: loram doctor my-adapter --target vllm")
+@click.argument("adapter")
+@click.option(
+    "--target",
+    type=click.Choice(["vllm", "sglang", "llamacpp", "peft"]),
+    default="vllm",
+    show_default=True,
+    help="What shall serve it.",
+)
+@click.option("--base", help="The base model, folder or Hub id, to compare shapes and names with.")
+@click.option("--fix", "fix_into", type=click.Path(path_type=Path), help="Write the canonical form to this folder.")
+@click.option("--overwrite", is_flag=True, help="Replace the folder of --fix.")
+@hub_options
+@json_option
+def doctor(adapter: str, fix_into: Path | None, overwrite: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """Say whether a server will take ADAPTER, why not, and the command that serves it (exit code 4 if it will not)."""
+    from loram_hub.doctor import examine, fix
+
+    fixed = None
+    if fix_into is not None:
+        known = {name: options[name] for name in ("base", "revision", "token")}
+        fixed = fix(adapter, fix_into, overwrite=overwrite, **known)
+    diagnosis = examine(adapter if fixed is None else fixed.folder, **options)
+    result = jsonable(asdict(diagnosis)) | {"verdict": diagnosis.verdict, "fixable": diagnosis.is_fixable}
+    result |= {"fixed": None if fixed is None else jsonable(asdict(fixed))}
+    print_result(result, as_json, lambda: _print_diagnosis(diagnosis, fixed))
+    if diagnosis.verdict != "serves":
+        if fixed is None and diagnosis.is_fixable and not as_json:
+            suggest("loram doctor", adapter, f"--target={diagnosis.target}", "--fix=OUT")
+        click.get_current_context().exit(IncompatibleError.exit_code)
+
+
+def _print_diagnosis(diagnosis: Diagnosis, fixed: FixedAdapter | None) -> None:
+    for change in fixed.changes if fixed is not None else ():
+        click.echo(f"fixed: {change}")
+    for finding in diagnosis.findings:
+        click.echo(f"{finding.severity}: {finding.what}")
+        click.echo(f"  {finding.why} ({finding.source})")
+        click.echo(f"  {finding.remedy}")
+    for phrase in diagnosis.not_checked:
+        click.echo(f"not checked: {phrase}")
+    for note in diagnosis.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"{diagnosis.target}: {diagnosis.verdict}")
+    for line in diagnosis.command or ():
+        click.echo(line)
 
 
 @main.command(epilog="Example: loram merge meta-llama/Llama-3.1-70B my-adapter merged")

@@ -113,8 +113,8 @@ def card(folder: Path, evaluation: Path | None, dry_run: bool, as_json: bool, **
     names = list(made.all_files)
     if not dry_run:
         write_card(folder, made)
-    result = {"files": names, "dry_run": dry_run} | ({"card": made.readme} if dry_run else {})
-    text = made.readme if dry_run else f"Wrote {', '.join(names)} into {folder}."
+    result = {"files": names, "dry_run": dry_run} | ({"card": made.text} if dry_run else {})
+    text = made.text if dry_run else f"Wrote {', '.join(names)} into {folder}."
     print_result(result, as_json, lambda: click.echo(text))
 
 

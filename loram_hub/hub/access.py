@@ -51,7 +51,7 @@ def persistently(action: Callable[[], _T]) -> _T:
 
 def _may_pass(err: BaseException) -> bool:
     """Whether a failure is of the moment: an overloaded server, a connection that broke."""
-    if isinstance(err, OfflineModeIsEnabled):
+    if isinstance(err, OfflineModeIsEnabled | LoramError):
         return False
     if isinstance(err, HfHubHTTPError):
         return status_of(err) in _PASSING

@@ -1,0 +1,241 @@
+"""Commands that are killed at random moments of their work, what is seen then, and what running them again gives."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hub_server import HubServer
+from trust.forks import Ended, Forks
+
+REPO = "alice/release"
+MEASUREMENTS = 3
+
+Content = dict[str, str]
+"""SHA-256 of each file of a folder, by path."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kill:
+    """One kill and what became of it."""
+
+    after: float
+    """Seconds of work."""
+    landed: bool
+    """Whether the command was still at work."""
+    seen: str
+    """What others saw then: `before` (what was there, if anything), `after` (all of the result), or `part`."""
+    same: bool
+    """Whether running it again gave what a run without a kill gives."""
+    left: tuple[str, ...]
+    """Names of what should not lie around after the second run."""
+    sent: float = 0.0
+    """Bytes of content that both runs sent, in parts of those of a run without a kill."""
+    sent_again: tuple[str, ...] = ()
+    """Contents that the Hub held when the kill came and that were sent once more."""
+
+
+def content_of(folder: Path) -> Content:
+    """Hash every file of a folder; none, if there is no folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def moments(name: str, count: int, run: Callable[[], Ended]) -> Iterator[float]:
+    """Measure a command, and choose moments of its work at random; equal names choose equally."""
+    undisturbed = [run() for _ in range(MEASUREMENTS)]
+    assert all(ended.status == 0 for ended in undisturbed), undisturbed
+    span = statistics.median(ended.seconds for ended in undisturbed)
+    rng = random.Random(name)
+    return (rng.uniform(0, span) for _ in range(count))
+
+
+def kill_writers(forks: Forks, command: list[str | Path], old: Path, folder: Path, *, count: int) -> list[Kill]:
+    """Kill a command that writes a folder, in turn one where there was nothing and one that is to be replaced.
+
+    Args:
+        forks: Runs the command.
+        command: All arguments but the folder to write, which come before it, and options after a `--`.
+        old: What stands in the place of the folder where it is replaced.
+        folder: Where to do all this.
+        count: Kills.
+    """
+    split = command.index("--")
+    out = folder / "work" / "out"
+
+    def run(*options: str, kill_after: float | None = None) -> Ended:
+        return forks.run(*command[:split], out, *command[split + 1 :], *options, kill_after=kill_after)
+
+    times = moments(str(command[0]), count, lambda: run("--overwrite"))
+    whole, before = content_of(out), content_of(old)
+    assert whole != before
+    kills = []
+    for number, after in enumerate(times):
+        shutil.rmtree(out.parent)
+        out.parent.mkdir()
+        options = ("--overwrite",) if number % 2 else ()
+        if options:
+            shutil.copytree(old, out)
+        killed = run(*options, kill_after=after)
+        found = content_of(out)
+        seen = "after" if found == whole else "before" if found == (before if options else {}) else "part"
+        again = run(*options)
+        if seen == "after" and not options:  # what is complete is not replaced unasked
+            assert again.status == 2, again
+            assert content_of(out) == whole
+            again = run("--overwrite")
+        kills.append(
+            Kill(
+                after=after,
+                landed=killed.was_killed,
+                seen=seen,
+                same=again.status == 0 and content_of(out) == whole,
+                left=tuple(sorted(path.name for path in out.parent.iterdir() if path != out)),
+            )
+        )
+    return kills
+
+
+class HubLane:
+    """A Hub and a client of it that is killed: by LFS or by xet."""
+
+    def __init__(self, folder: Path, *, xet: bool) -> None:
+        self.folder, self.home, self.xet = folder, folder / "home", xet
+        self._port = 0
+        self._servers = 0
+
+    @contextmanager
+    def server(self) -> Iterator[HubServer]:
+        """Open a Hub that holds nothing, always under the same address: clients read it when they are imported."""
+        self._servers += 1
+        shutil.rmtree(self.home, ignore_errors=True)
+        folder = self.folder / f"hub-{self._servers}"
+        with HubServer(folder, port=self._port) as hub:
+            self._port = int(hub.url.rpartition(":")[2])
+            yield hub
+        shutil.rmtree(folder)
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of clients."""
+        with self.server() as hub:
+            chunks = {"HF_XET_CHUNK_CACHE_SIZE_BYTES": "0"}  # else a second download would not ask the server
+            return hub.environment(self.home, xet=self.xet, **chunks)
+
+    def kill_pushes(self, forks: Forks, release: Path, old: Path, *, count: int) -> list[Kill]:
+        """Kill pushes, in turn into a repository that does not exist and into one that holds an older release."""
+        command = ("push", release, REPO, "--public", "--license", "mit", "--tag", "v1")
+        whole: dict[bool, tuple[Content, int]] = {}
+
+        def undisturbed(is_update: bool) -> Ended:
+            with self.server() as hub:
+                if is_update:
+                    hub.add_repo(REPO, old)
+                ended = forks.run(*command)
+                whole[is_update] = (_tree(hub), hub.content_received)
+                return ended
+
+        assert undisturbed(True).status == 0
+        kills = []
+        for number, after in enumerate(moments("push", count, lambda: undisturbed(False))):
+            expected, expected_bytes = whole[number % 2 == 1]
+            with self.server() as hub:
+                before: tuple[Content, ...] = ()
+                if number % 2:
+                    hub.add_repo(REPO, old)
+                    before = (_tree(hub),)
+                kills.append(self._kill_push(forks, hub, command, before, expected, expected_bytes, after))
+        return kills
+
+    def _kill_push(
+        self,
+        forks: Forks,
+        hub: HubServer,
+        command: tuple[str | Path, ...],
+        before: tuple[Content, ...],
+        expected: Content,
+        expected_bytes: int,
+        after: float,
+    ) -> Kill:
+        killed = forks.run(*command, kill_after=after)
+        held = {digest for digest in expected.values() if hub.lfs_size(digest) is not None}
+        begin = len(hub.requests)
+        seen = _seen(hub, before, expected)
+        again = forks.run(*command)
+        resent = [re.match(r"PUT /put/([0-9a-f]{64})", request.line) for request in hub.requests[begin:]]
+        repo = hub.repo(REPO)
+        commits = len(before) or 1  # a new repository begins with a commit of its own
+        same = (
+            again.status == 0
+            and _tree(hub) == expected
+            and _seen(hub, before, expected) == "after"
+            and len(repo.history("main")) == commits + 1
+            and repo.tags.get("v1") == repo.refs["main"]
+            and not repo.private
+        )
+        return Kill(
+            after=after,
+            landed=killed.was_killed,
+            seen=seen,
+            same=same,
+            left=tuple(sorted(set(repo.branches) - {"main"})),
+            sent=hub.content_received / expected_bytes,
+            sent_again=tuple(sorted(held & {match[1] for match in resent if match})),
+        )
+
+    def kill_pulls(self, forks: Forks, release: Path, *, count: int) -> list[Kill]:
+        """Kill pulls into an empty cache."""
+        with self.server() as hub:
+            pushed = forks.run("push", release, REPO, "--public", "--license", "mit")
+            assert pushed.status == 0, pushed
+            snapshot = (
+                self.home / "hub" / f"models--{REPO.replace('/', '--')}" / "snapshots" / hub.repo(REPO).refs["main"]
+            )
+
+            def undisturbed() -> Ended:
+                shutil.rmtree(self.home)
+                return forks.run("pull", REPO)
+
+            times = moments("pull", count, undisturbed)
+            whole = content_of(snapshot)
+            assert whole.items() <= _tree(hub).items()
+            assert len(whole) > 4
+            return [self._kill_pull(forks, snapshot, whole, after) for after in times]
+
+    def _kill_pull(self, forks: Forks, snapshot: Path, whole: Content, after: float) -> Kill:
+        shutil.rmtree(self.home)
+        killed = forks.run("pull", REPO, kill_after=after)
+        found = content_of(snapshot)
+        seen = "after" if found == whole else "before" if found.items() <= whole.items() else "part"
+        again = forks.run("pull", REPO)
+        cache = snapshot.parents[1]
+        return Kill(
+            after=after,
+            landed=killed.was_killed,
+            seen=seen,
+            same=again.status == 0 and content_of(snapshot) == whole,
+            left=tuple(sorted(path.suffix for path in cache.rglob("*.incomplete"))),
+        )
+
+
+def _tree(hub: HubServer, revision: str = "main") -> Content:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in hub.repo(REPO).files(revision).items()}
+
+
+def _seen(hub: HubServer, before: Sequence[Content], expected: Content) -> str:
+    """Look at every state that `main` has had, since a reader could have come at any time."""
+    repo = hub.repos.get(("models", REPO))
+    states = [] if repo is None else [_tree(hub, commit.oid) for commit in repo.history("main")]
+    if not before:
+        states = [state for state in states if set(state) != {".gitattributes"}]  # the first commit of every repository
+    new = states[: len(states) - len(before)]
+    shown_early = repo is not None and not before and not new and not repo.private
+    if shown_early or any(state != expected for state in new):
+        return "part"
+    return "after" if new else "before"

@@ -1,0 +1,134 @@
+"""Commands that are killed with SIGKILL at random moments: nothing torn is ever seen, and the next run ends the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from builders import projections, random_factors, save_adapter, save_base, save_tokenizer, tiny_config
+from trust.forks import HUB, WEIGHTS, Forks
+from trust.kills import HubLane, Kill, kill_writers
+
+from loram_hub.release import open_release
+
+WRITERS = {"prune": 30, "prune to NF4": 30, "quantize": 30, "recover": 40}
+"""Kills by command."""
+PUSHES = {"push by LFS": 25, "push by xet": 20}
+PULLS = {"pull by LFS": 25, "pull by xet": 20}
+COUNTS = WRITERS | PUSHES | PULLS
+LANDED_SHARE = 0.6
+"""Kills come before the end of the time that a run without one takes; on a busy machine that time varies."""
+STRUCTURE = ("--keep-first", "1", "--keep-last", "1", "--pruning-ratio", "0.4")
+RANDOM = ("--importance", "random", *STRUCTURE)
+
+Results = Callable[[str], list[Kill]]
+
+
+class Subjects:
+    """A base model of some megabytes, two releases and an adapter that was trained on the first."""
+
+    def __init__(self, folder: Path, forks: Forks) -> None:
+        config = tiny_config(hidden_size=240, intermediate_size=900, head_dim=40, layers=6, vocab_size=2000)
+        self.base = save_tokenizer(save_base(folder / "base", config, dtype="bfloat16"), 2000)
+        self.release, self.old = folder / "release", folder / "old"
+        for out, seed in ((self.release, "0"), (self.old, "1")):
+            for command in (
+                ("prune", self.base, out, *RANDOM, "--seed", seed),
+                ("card", out, "--repo-id", "alice/release", "--license", "mit"),
+            ):
+                ended = forks.run(*command)
+                assert ended.status == 0, ended
+        shapes = projections(open_release(self.release).plan)
+        self.adapter = save_adapter(folder / "adapter", random_factors(shapes, rank=64), base=self.release, r=64)
+
+
+def kill_all_writers(folder: Path, forks: Forks, subjects: Subjects) -> dict[str, list[Kill]]:
+    commands: dict[str, list[str | Path]] = {
+        "prune": ["prune", subjects.base, "--", *RANDOM],
+        "prune to NF4": ["prune", subjects.base, "--", *RANDOM, "--quantize"],
+        "quantize": ["quantize", subjects.release, "--"],
+        "recover": ["recover", subjects.adapter, "--"],
+    }
+    return {
+        name: kill_writers(forks, command, subjects.old, folder / name, count=COUNTS[name])
+        for name, command in commands.items()
+    }
+
+
+def kill_all_on_hub(folder: Path, subjects: Subjects, transfer: str) -> dict[str, list[Kill]]:
+    push, pull = f"push by {transfer}", f"pull by {transfer}"
+    lane = HubLane(folder / transfer, xet=transfer == "xet")
+    with Forks(HUB, lane.environment()) as forks:
+        return {
+            push: lane.kill_pushes(forks, subjects.release, subjects.old, count=COUNTS[push]),
+            pull: lane.kill_pulls(forks, subjects.release, count=COUNTS[pull]),
+        }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
+    folder = tmp_path_factory.mktemp("kills")
+    with Forks(WEIGHTS) as forks, ThreadPoolExecutor() as pool:
+        subjects = Subjects(folder, forks)
+        lanes: dict[str, Future[dict[str, list[Kill]]]] = {
+            transfer: pool.submit(kill_all_on_hub, folder, subjects, transfer) for transfer in ("LFS", "xet")
+        }
+        lanes["writers"] = pool.submit(kill_all_writers, folder, forks, subjects)
+
+        def of(name: str) -> list[Kill]:
+            return lanes["writers" if name in WRITERS else name.rpartition(" ")[2]].result()[name]
+
+        yield of
+
+
+def report(name: str, kills: list[Kill]) -> None:
+    seen = [kill.seen for kill in kills]
+    print(
+        f"{name}: {len(kills)} kills, {sum(kill.landed for kill in kills)} before the end; seen then: "
+        f"{seen.count('before')} times what was there, {seen.count('after')} times the result, {seen.count('part')} "
+        f"times a part; {sum(kill.same for kill in kills)} of {len(kills)} reruns end as an undisturbed run"
+    )
+
+
+def check(kills: list[Kill], name: str) -> None:
+    assert len(kills) == COUNTS[name]
+    assert sum(kill.landed for kill in kills) >= LANDED_SHARE * len(kills)
+    assert [kill for kill in kills if kill.seen == "part" or not kill.same] == []
+
+
+def test_there_are_two_hundred_kills_in_all() -> None:
+    assert sum(COUNTS.values()) >= 200
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_killed_command_leaves_the_old_folder_or_the_new_one_and_its_rerun_ends_the_same(
+    results: Results, name: str
+) -> None:
+    kills = results(name)
+
+    report(name, kills)
+    check(kills, name)
+    assert [kill for kill in kills if kill.left] == []
+
+
+@pytest.mark.parametrize("name", PUSHES)
+def test_a_killed_push_shows_nothing_or_all_and_its_rerun_ends_the_same(results: Results, name: str) -> None:
+    kills = results(name)
+
+    report(name, kills)
+    print(f"{name}: at most {max(kill.sent for kill in kills):.2f} times the bytes of an undisturbed run")
+    check(kills, name)
+    assert [kill for kill in kills if kill.left] == []  # no branch aside
+    assert [kill for kill in kills if kill.sent_again] == []
+    assert max(kill.sent for kill in kills) <= 2  # what was under way is sent once more
+
+
+@pytest.mark.parametrize("name", PULLS)
+def test_a_killed_pull_leaves_only_whole_files_and_its_rerun_ends_the_same(results: Results, name: str) -> None:
+    kills = results(name)
+
+    report(name, kills)
+    print(f"{name}: {sum(len(kill.left) for kill in kills)} of huggingface_hub's .incomplete files stay in the cache")
+    check(kills, name)
