@@ -13,7 +13,7 @@ from loram_hub.architecture import architecture_of
 from loram_hub.checkpoint import read_config
 from loram_hub.errors import AccessError, IncompatibleError, InvalidRequestError, UnsupportedModelError
 from loram_hub.files import read_json
-from loram_hub.hub import METADATA_FILES, Source, resolve, resolve_config, source_of
+from loram_hub.hub import METADATA_FILES, Source, fetch_release, resolve, resolve_config, source_of
 from loram_hub.manifest import MANIFEST
 from loram_hub.plan import ParameterCounts, PruningSettings, parameter_counts, planned_sizes
 from loram_hub.release import (
@@ -26,7 +26,6 @@ from loram_hub.release import (
     open_metadata,
     refuse_incomparable,
 )
-from loram_hub.release import verify as verify_folder
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
@@ -161,7 +160,7 @@ def verify(
         if full:
             raise InvalidRequestError(f"{target} is an adapter: it has no weights of a base model to compare.")
         return _verify_adapter(resolve(target, revision=source.commit, token=token), base, token)
-    opened = verify_folder(source.folder)
+    source, opened = fetch_release(target, revision=source.commit, token=token, remember=False)
     checked, not_checked = list(_CHECKED), list(_NEVER_CHECKED)
     if full:
         refuse_incomparable(opened)

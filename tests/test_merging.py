@@ -324,7 +324,7 @@ def test_another_state_of_the_base_is_refused_unless_allowed(tmp_path: Path) -> 
     release = save_metadata_release(tmp_path / "release", config, plan, config_sha256="1" * 64)
     recover(save_adapter(tmp_path / "pruned", random_factors(projections(plan)), base=release), tmp_path / "adapter")
 
-    with pytest.raises(IncompatibleError, match="config.json has the SHA-256 111111111111"):
+    with pytest.raises(IncompatibleError, match=r"config\.json has the SHA-256 111111111111"):
         merge(base, tmp_path / "adapter", tmp_path / "merged")
     assert merge(base, tmp_path / "adapter", tmp_path / "merged", allow_base_mismatch=True).merged > 0
 
@@ -336,5 +336,5 @@ def test_a_snapshot_at_another_commit_than_the_adapters_is_refused(tmp_path: Pat
     release = save_metadata_release(tmp_path / "release", config, plan, commit="b" * 40)
     recover(save_adapter(tmp_path / "pruned", random_factors(projections(plan)), base=release), tmp_path / "adapter")
 
-    with pytest.raises(IncompatibleError, match="commit bbbbbbbbbbbb of its base; .* is at aaaaaaaaaaaa"):
+    with pytest.raises(IncompatibleError, match=r"commit bbbbbbbbbbbb of its base; .* is at aaaaaaaaaaaa"):
         merge(base, tmp_path / "adapter", tmp_path / "merged")

@@ -119,18 +119,24 @@ def fetch_release(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    remember: bool = True,
 ) -> tuple[Source, Release]:
-    """Return a release with its weights, every byte of it verified; arguments are those of `resolve`.
+    """Return a release with its weights, every byte of it verified. A file that was damaged is fetched once more.
 
-    What was verified before and has not changed since is not read again. A file that was damaged on its way is fetched
-    once more.
+    Args:
+        name: folder or Hub id.
+        revision: see `resolve`, as for the following.
+        token: of the Hub.
+        cache_dir: of huggingface_hub.
+        local_files_only: do not use the network.
+        remember: do not read again what was verified before and has not changed since.
 
     Raises:
         VerificationError: the release was altered or torn.
         IncompatibleError: its format is newer, or weights and plan do not fit.
         AccessError: the Hub refused or could not be reached.
     """
-    read = partial(remembered_sha256, read=sha256_of_finite)
+    read = partial(remembered_sha256, read=sha256_of_finite) if remember else sha256_of_finite
     fetch = partial(
         resolve, name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )

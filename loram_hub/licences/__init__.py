@@ -4,8 +4,8 @@ A pruned model and an adapter are derivatives of their base. `licence_of` finds 
 of its conditions a repository meets and how to meet the others. `push` stops on one that is not met. The texts of the
 licences are not here: they come from the base model's repository.
 
-The records were read off the licences (Llama 3.1 to 4 in full, the others by their clauses and by what is quoted of them).
-This is a checklist for publishers, no legal advice. No network.
+The records were read off the licences: Llama 3.1 to 4 in full, the others by their clauses and by what is quoted of
+them. This is a checklist for publishers, no legal advice. No network.
 """
 
 from loram_hub.licences.duties import Duty as Duty

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import statistics
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from hub_server import HubServer
 from trust.forks import Ended, Forks
 
 REPO = "alice/release"
-MEASUREMENTS = 3
+RUNS_THAT_TELL = 3
+MOST_TRIES = 3
+"""Kills at most, for each that is to come before the end."""
 
 Content = dict[str, str]
 """SHA-256 of each file of a folder, by path."""
@@ -48,13 +51,42 @@ def content_of(folder: Path) -> Content:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def moments(name: str, count: int, run: Callable[[], Ended]) -> Iterator[float]:
-    """Measure a command, and choose moments of its work at random; equal names choose equally."""
-    undisturbed = [run() for _ in range(MEASUREMENTS)]
-    assert all(ended.status == 0 for ended in undisturbed), undisturbed
-    span = statistics.median(ended.seconds for ended in undisturbed)
-    rng = random.Random(name)
-    return (rng.uniform(0, span) for _ in range(count))
+class Moments:
+    """Random moments in the work of a command: as many as are needed for so many kills that come before its end.
+
+    How long the work takes depends on what else the machine does, so the last runs that nobody disturbed tell.
+
+    Args:
+        name: What is killed; equal names choose equal shares of the work.
+        wanted: Kills that come before the end.
+        run: Runs the command undisturbed.
+    """
+
+    def __init__(self, name: str, wanted: int, run: Callable[[], Ended]) -> None:
+        self._random = random.Random(name)
+        self._wanted = wanted
+        self._most = MOST_TRIES * wanted
+        self._spans: deque[float] = deque(maxlen=RUNS_THAT_TELL)
+        for _ in range(RUNS_THAT_TELL):
+            ended = run()
+            assert ended.status == 0, ended
+            self.saw(ended)
+
+    def saw(self, ended: Ended) -> None:
+        """Learn from a run that nobody disturbed."""
+        self._spans.append(ended.seconds)
+
+    def kills(self, kill: Callable[[bool, float], Kill]) -> list[Kill]:
+        """Kill at one moment after the other.
+
+        Args:
+            kill: Does it, given whether a result is to be replaced (in turn) and the moment in seconds.
+        """
+        kills: list[Kill] = []
+        while sum(one.landed for one in kills) < self._wanted and len(kills) < self._most:
+            after = self._random.random() * statistics.median(self._spans)
+            kills.append(kill(len(kills) % 2 == 1, after))
+        return kills
 
 
 def kill_writers(forks: Forks, command: list[str | Path], old: Path, folder: Path, *, count: int) -> list[Kill]:
@@ -73,34 +105,34 @@ def kill_writers(forks: Forks, command: list[str | Path], old: Path, folder: Pat
     def run(*options: str, kill_after: float | None = None) -> Ended:
         return forks.run(*command[:split], out, *command[split + 1 :], *options, kill_after=kill_after)
 
-    times = moments(str(command[0]), count, lambda: run("--overwrite"))
+    moments = Moments(folder.name, count, lambda: run("--overwrite"))
     whole, before = content_of(out), content_of(old)
     assert whole != before
-    kills = []
-    for number, after in enumerate(times):
+
+    def kill(replaces: bool, after: float) -> Kill:
         shutil.rmtree(out.parent)
         out.parent.mkdir()
-        options = ("--overwrite",) if number % 2 else ()
-        if options:
+        if replaces:
             shutil.copytree(old, out)
+        options = ("--overwrite",) if replaces else ()
         killed = run(*options, kill_after=after)
         found = content_of(out)
-        seen = "after" if found == whole else "before" if found == (before if options else {}) else "part"
+        seen = "after" if found == whole else "before" if found == (before if replaces else {}) else "part"
         again = run(*options)
-        if seen == "after" and not options:  # what is complete is not replaced unasked
+        if seen == "after" and not replaces:  # what is complete is not replaced unasked
             assert again.status == 2, again
             assert content_of(out) == whole
             again = run("--overwrite")
-        kills.append(
-            Kill(
-                after=after,
-                landed=killed.was_killed,
-                seen=seen,
-                same=again.status == 0 and content_of(out) == whole,
-                left=tuple(sorted(path.name for path in out.parent.iterdir() if path != out)),
-            )
+        moments.saw(again)
+        return Kill(
+            after=after,
+            landed=killed.was_killed,
+            seen=seen,
+            same=again.status == 0 and content_of(out) == whole,
+            left=tuple(sorted(path.name for path in out.parent.iterdir() if path != out)),
         )
-    return kills
+
+    return moments.kills(kill)
 
 
 class HubLane:
@@ -142,16 +174,16 @@ class HubLane:
                 return ended
 
         assert undisturbed(True).status == 0
-        kills = []
-        for number, after in enumerate(moments("push", count, lambda: undisturbed(False))):
-            expected, expected_bytes = whole[number % 2 == 1]
+        moments = Moments(f"push {self.xet}", count, lambda: undisturbed(False))
+
+        def kill(replaces: bool, after: float) -> Kill:
             with self.server() as hub:
-                before: tuple[Content, ...] = ()
-                if number % 2:
+                if replaces:
                     hub.add_repo(REPO, old)
-                    before = (_tree(hub),)
-                kills.append(self._kill_push(forks, hub, command, before, expected, expected_bytes, after))
-        return kills
+                before = (_tree(hub),) if replaces else ()
+                return self._kill_push(forks, hub, command, before, *whole[replaces], after)
+
+        return moments.kills(kill)
 
     def _kill_push(
         self,
@@ -202,11 +234,11 @@ class HubLane:
                 shutil.rmtree(self.home)
                 return forks.run("pull", REPO)
 
-            times = moments("pull", count, undisturbed)
+            moments = Moments(f"pull {self.xet}", count, undisturbed)
             whole = content_of(snapshot)
             assert whole.items() <= _tree(hub).items()
             assert len(whole) > 4
-            return [self._kill_pull(forks, snapshot, whole, after) for after in times]
+            return moments.kills(lambda _, after: self._kill_pull(forks, snapshot, whole, after))
 
     def _kill_pull(self, forks: Forks, snapshot: Path, whole: Content, after: float) -> Kill:
         shutil.rmtree(self.home)

@@ -1,4 +1,4 @@
-"""Commands that are killed with SIGKILL at random moments: nothing torn is ever seen, and the next run ends the same."""
+"""Commands killed with SIGKILL at random moments: nothing torn is ever seen, and the next run ends the same."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from trust.kills import HubLane, Kill, kill_writers
 
 from loram_hub.release import open_release
 
-WRITERS = {"prune": 30, "prune to NF4": 30, "quantize": 30, "recover": 40}
-"""Kills by command."""
+WRITERS = {"prune": 25, "prune to NF4": 25, "quantize": 25, "recover": 30}
+"""Kills that come before the end, by command."""
 PUSHES = {"push by LFS": 25, "push by xet": 20}
-PULLS = {"pull by LFS": 25, "pull by xet": 20}
+PULLS = {"pull by LFS": 30, "pull by xet": 20}
 COUNTS = WRITERS | PUSHES | PULLS
-LANDED_SHARE = 0.6
-"""Kills come before the end of the time that a run without one takes; on a busy machine that time varies."""
 STRUCTURE = ("--keep-first", "1", "--keep-last", "1", "--pruning-ratio", "0.4")
 RANDOM = ("--importance", "random", *STRUCTURE)
 
@@ -32,6 +30,7 @@ class Subjects:
     def __init__(self, folder: Path, forks: Forks) -> None:
         config = tiny_config(hidden_size=240, intermediate_size=900, head_dim=40, layers=6, vocab_size=2000)
         self.base = save_tokenizer(save_base(folder / "base", config, dtype="bfloat16"), 2000)
+        (self.base / "LICENSE").write_text("MIT License\n\nCopyright (c) the makers of the base model\n")
         self.release, self.old = folder / "release", folder / "old"
         for out, seed in ((self.release, "0"), (self.old, "1")):
             for command in (
@@ -93,8 +92,7 @@ def report(name: str, kills: list[Kill]) -> None:
 
 
 def check(kills: list[Kill], name: str) -> None:
-    assert len(kills) == COUNTS[name]
-    assert sum(kill.landed for kill in kills) >= LANDED_SHARE * len(kills)
+    assert sum(kill.landed for kill in kills) == COUNTS[name]
     assert [kill for kill in kills if kill.seen == "part" or not kill.same] == []
 
 

@@ -19,10 +19,10 @@ import sys
 events = []
 
 def watch(event, arguments):
-    if event.startswith(("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.bind", "subprocess", "os.exec")):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.bind", "subprocess.Popen", "os.exec"):
         events.append(event)
-    if event == "import" and arguments[0].split(".")[0] in ("torch", "transformers", "peft", "bitsandbytes"):
-        events.append(f"import of {arguments[0]}")
+    if event == "import" and arguments[0] in ("torch", "transformers", "peft", "bitsandbytes"):
+        events.append("import of " + arguments[0])
 
 sys.addaudithook(watch)
 {probe}
