@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 ALLOWED = (
     "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "Notice*", "USE_POLICY*",
-    "README.md", "*.ipynb", "pictures/*.png", ".eval_results/*.yaml",
+    "README.md", "pictures/*.png", ".eval_results/*.yaml",
 )  # fmt: skip
 """Names of files that are pushed if a folder has them. Never pickles and code, nothing of an optimizer or Trainer."""
 
 _NEVER = ("trainer_state.json", "optimizer*", "scheduler*", "rng_state*", "training_args*", "*.bin", "*.pt", "*.py")
 _CARD = "README.md"
 _LICENCE_TEXTS = ("LICENSE*", "NOTICE*", "Notice*", "USE_POLICY*")
-_COMPANIONS_OF_ADAPTERS = (_CARD, *_LICENCE_TEXTS, "pictures/*.png", ".eval_results/*.yaml", "*.ipynb")
+_COMPANIONS_OF_ADAPTERS = (_CARD, *_LICENCE_TEXTS, "pictures/*.png", ".eval_results/*.yaml")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -335,7 +335,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _is_outdated(name: str) -> bool:
     """Whether a file on the Hub that is not pushed belonged to an earlier push; notebooks and the like stay."""
     loaded = (".json", ".safetensors", ".bin", ".pt", ".pth", ".py", ".jinja", ".model", ".gguf")
-    return name.endswith(loaded) or (_may_be_pushed(name) and not name.endswith(".ipynb"))
+    return name.endswith(loaded) or _may_be_pushed(name)
 
 
 def _local(folder: Path, name: str) -> UploadFile:

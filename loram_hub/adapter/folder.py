@@ -13,6 +13,7 @@ from loram_hub.adapter.config import CONFIG
 from loram_hub.adapter.record import RECORD
 from loram_hub.adapter.tensors import WEIGHTS
 from loram_hub.errors import VerificationError
+from loram_hub.folders import leads_out
 
 # Besides config, weights and record: card, tokenizer, licence. By path inside the folder.
 _COMPANIONS = (
@@ -27,7 +28,6 @@ _CODE = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".bat", ".ps1", ".exe", 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".onnx", ".h5", ".msgpack")
 _PLAIN_NAME = re.compile(r"[\w][\w .+()-]*|\.[\w][\w.-]*", re.ASCII)
 _MAX_FILES = 1_000
-_SNAPSHOT = re.compile(r"models--[^/]+/snapshots/[0-9a-f]{40}$")  # how huggingface_hub lays its cache out
 
 
 def check_files(folder: Path) -> dict[str, int]:
@@ -95,12 +95,7 @@ def _check_name(name: str, folder: Path) -> None:
 
 def _check_place(path: Path, name: str, folder: Path) -> None:
     """Refuse special files, and links that leave the folder; a Hub cache's own links to its blobs may."""
-    if path.is_symlink():
-        target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-        in_cache = _SNAPSHOT.search(home.as_posix()) is not None and target.parent == home.parents[1] / "blobs"
-        if not target.is_relative_to(home) and not in_cache:
-            raise VerificationError(
-                f"{name!r} in {folder} is a link that leads out of the folder. Copy the file there."
-            )
+    if path.is_symlink() and leads_out(path, folder):
+        raise VerificationError(f"{name!r} in {folder} is a link that leads out of the folder. Copy the file there.")
     if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
         raise VerificationError(f"{name!r} in {folder} is no regular file. Remove it, or copy the adapter again.")

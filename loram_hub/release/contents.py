@@ -14,6 +14,7 @@ from pathlib import Path
 
 from loram_hub.checkpoint import CONFIG, INDEX_FILE, SINGLE_FILE, is_companion
 from loram_hub.errors import CheckpointError, VerificationError
+from loram_hub.folders import leads_out
 from loram_hub.manifest import MANIFEST, FileEntry
 from loram_hub.release.mask_index import MASK_INDEX
 
@@ -108,7 +109,6 @@ def check_hashes(folder: Path, files: Mapping[str, FileEntry], sha256: Callable[
 
 def _walk(folder: Path) -> Iterator[str]:
     """Names of all files below a folder; refuses what is neither a plain file nor a folder, and links that lead out."""
-    homes = _homes(folder)
     waiting, count = [""], 0
     while waiting:
         inside = waiting.pop()
@@ -125,29 +125,15 @@ def _walk(folder: Path) -> Iterator[str]:
                 if entry.is_dir(follow_symlinks=False):
                     waiting.extend([] if name in _IGNORED else [name])
                     continue
-                _check_plain(Path(entry.path), name, homes)
+                _check_plain(Path(entry.path), name, folder)
                 yield name
 
 
-def _homes(folder: Path) -> tuple[str, ...]:
-    """Real paths that a link may lead into: the folder and, of a snapshot in a Hub cache, the blobs.
-
-    Blobs lie beside `snapshots/<commit>`, and those that came through xet in a store for the whole cache.
-    """
-    real = os.path.realpath(folder)
-    snapshots, commit = os.path.split(real)
-    if os.path.basename(snapshots) == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", commit):
-        repository = os.path.dirname(snapshots)
-        return real, os.path.join(repository, "blobs"), os.path.join(os.path.dirname(repository), "blobs")
-    return (real,)
-
-
-def _check_plain(path: Path, name: str, homes: tuple[str, ...]) -> None:
+def _check_plain(path: Path, name: str, folder: Path) -> None:
     if path.is_symlink():
-        target = os.path.realpath(path)
-        if not any(target.startswith(home + os.sep) for home in homes):
+        if leads_out(path, folder):
             raise VerificationError(f"{path} is a link that leads out of the release. Copy the file itself.")
-        if not os.path.exists(target):
+        if not path.exists():
             raise CheckpointError(f"{path} is a link to nowhere. Download it again.")
     if not stat.S_ISREG(path.stat().st_mode):
         raise VerificationError(f"{name!r} in {path.parent} is no plain file, but a folder behind a link or a device.")

@@ -8,16 +8,18 @@ import re
 import shutil
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from hub_server import HubServer
+from hub_server.storage import git_sha1
 from trust.forks import Ended, Forks
 
 REPO = "alice/release"
 RUNS_THAT_TELL = 3
+KILLS_PER_MEASUREMENT = 8
 MOST_TRIES = 3
 """Kills at most, for each that is to come before the end."""
 
@@ -54,7 +56,7 @@ def content_of(folder: Path) -> Content:
 class Moments:
     """Random moments in the work of a command: as many as are needed for so many kills that come before its end.
 
-    How long the work takes depends on what else the machine does, so the last runs that nobody disturbed tell.
+    How long the work takes depends on what else the machine does, so it is measured again and again.
 
     Args:
         name: What is killed; equal names choose equal shares of the work.
@@ -65,15 +67,14 @@ class Moments:
     def __init__(self, name: str, wanted: int, run: Callable[[], Ended]) -> None:
         self._random = random.Random(name)
         self._wanted = wanted
-        self._most = MOST_TRIES * wanted
+        self._run = run
         self._spans: deque[float] = deque(maxlen=RUNS_THAT_TELL)
         for _ in range(RUNS_THAT_TELL):
-            ended = run()
-            assert ended.status == 0, ended
-            self.saw(ended)
+            self._measure()
 
-    def saw(self, ended: Ended) -> None:
-        """Learn from a run that nobody disturbed."""
+    def _measure(self) -> None:
+        ended = self._run()
+        assert ended.status == 0, ended
         self._spans.append(ended.seconds)
 
     def kills(self, kill: Callable[[bool, float], Kill]) -> list[Kill]:
@@ -83,9 +84,11 @@ class Moments:
             kill: Does it, given whether a result is to be replaced (in turn) and the moment in seconds.
         """
         kills: list[Kill] = []
-        while sum(one.landed for one in kills) < self._wanted and len(kills) < self._most:
+        while sum(one.landed for one in kills) < self._wanted and len(kills) < MOST_TRIES * self._wanted:
             after = self._random.random() * statistics.median(self._spans)
             kills.append(kill(len(kills) % 2 == 1, after))
+            if len(kills) % KILLS_PER_MEASUREMENT == 0:
+                self._measure()
         return kills
 
 
@@ -123,7 +126,6 @@ def kill_writers(forks: Forks, command: list[str | Path], old: Path, folder: Pat
             assert again.status == 2, again
             assert content_of(out) == whole
             again = run("--overwrite")
-        moments.saw(again)
         return Kill(
             after=after,
             landed=killed.was_killed,
@@ -180,7 +182,7 @@ class HubLane:
             with self.server() as hub:
                 if replaces:
                     hub.add_repo(REPO, old)
-                before = (_tree(hub),) if replaces else ()
+                before = _states(hub) if replaces else []
                 return self._kill_push(forks, hub, command, before, *whole[replaces], after)
 
         return moments.kills(kill)
@@ -190,7 +192,7 @@ class HubLane:
         forks: Forks,
         hub: HubServer,
         command: tuple[str | Path, ...],
-        before: tuple[Content, ...],
+        before: list[Content],
         expected: Content,
         expected_bytes: int,
         after: float,
@@ -236,8 +238,7 @@ class HubLane:
 
             moments = Moments(f"pull {self.xet}", count, undisturbed)
             whole = content_of(snapshot)
-            assert whole.items() <= _tree(hub).items()
-            assert len(whole) > 4
+            assert whole == {name: digest for name, digest in content_of(release).items() if "/" not in name}
             return moments.kills(lambda _, after: self._kill_pull(forks, snapshot, whole, after))
 
     def _kill_pull(self, forks: Forks, snapshot: Path, whole: Content, after: float) -> Kill:
@@ -256,14 +257,26 @@ class HubLane:
         )
 
 
-def _tree(hub: HubServer, revision: str = "main") -> Content:
-    return {name: hashlib.sha256(data).hexdigest() for name, data in hub.repo(REPO).files(revision).items()}
+def _tree(hub: HubServer) -> Content:
+    """Read back every file of `main`; what LFS keeps is named by SHA-256, the rest as git does."""
+    repo = hub.repo(REPO)
+    tree = repo.tree()
+    return {
+        name: git_sha1(data) if tree[name].sha256 is None else hashlib.sha256(data).hexdigest()
+        for name, data in repo.files().items()
+    }
 
 
-def _seen(hub: HubServer, before: Sequence[Content], expected: Content) -> str:
+def _states(hub: HubServer) -> list[Content]:
+    """Return what `main` held after each commit as its entries say, the newest first."""
+    history = hub.repo(REPO).history("main")
+    return [{name: entry.digest for name, entry in commit.tree.items()} for commit in history]
+
+
+def _seen(hub: HubServer, before: list[Content], expected: Content) -> str:
     """Look at every state that `main` has had, since a reader could have come at any time."""
     repo = hub.repos.get(("models", REPO))
-    states = [] if repo is None else [_tree(hub, commit.oid) for commit in repo.history("main")]
+    states = [] if repo is None else _states(hub)
     if not before:
         states = [state for state in states if set(state) != {".gitattributes"}]  # the first commit of every repository
     new = states[: len(states) - len(before)]

@@ -18,6 +18,7 @@ WRITERS = {"prune": 25, "prune to NF4": 25, "quantize": 25, "recover": 30}
 PUSHES = {"push by LFS": 25, "push by xet": 20}
 PULLS = {"pull by LFS": 30, "pull by xet": 20}
 COUNTS = WRITERS | PUSHES | PULLS
+LICENCE = "MIT License\n\nPermission is hereby granted, free of charge, to any person obtaining a copy of this model\n"
 STRUCTURE = ("--keep-first", "1", "--keep-last", "1", "--pruning-ratio", "0.4")
 RANDOM = ("--importance", "random", *STRUCTURE)
 
@@ -25,16 +26,17 @@ Results = Callable[[str], list[Kill]]
 
 
 class Subjects:
-    """A base model of some megabytes, two releases and an adapter that was trained on the first."""
+    """A base model of some megabytes, three releases and an adapter that was trained on the first."""
 
     def __init__(self, folder: Path, forks: Forks) -> None:
         config = tiny_config(hidden_size=240, intermediate_size=900, head_dim=40, layers=6, vocab_size=2000)
         self.base = save_tokenizer(save_base(folder / "base", config, dtype="bfloat16"), 2000)
-        (self.base / "LICENSE").write_text("MIT License\n\nCopyright (c) the makers of the base model\n")
+        (self.base / "LICENSE").write_text(LICENCE)
         self.release, self.old = folder / "release", folder / "old"
-        for out, seed in ((self.release, "0"), (self.old, "1")):
+        self.nf4 = folder / "nf4"
+        for out, *options in ((self.release,), (self.old, "--seed", "1"), (self.nf4, "--quantize")):
             for command in (
-                ("prune", self.base, out, *RANDOM, "--seed", seed),
+                ("prune", self.base, out, *RANDOM, *options),
                 ("card", out, "--repo-id", "alice/release", "--license", "mit"),
             ):
                 ended = forks.run(*command)
@@ -59,10 +61,11 @@ def kill_all_writers(folder: Path, forks: Forks, subjects: Subjects) -> dict[str
 def kill_all_on_hub(folder: Path, subjects: Subjects, transfer: str) -> dict[str, list[Kill]]:
     push, pull = f"push by {transfer}", f"pull by {transfer}"
     lane = HubLane(folder / transfer, xet=transfer == "xet")
+    release = subjects.nf4 if transfer == "xet" else subjects.release
     with Forks(HUB, lane.environment()) as forks:
         return {
-            push: lane.kill_pushes(forks, subjects.release, subjects.old, count=COUNTS[push]),
-            pull: lane.kill_pulls(forks, subjects.release, count=COUNTS[pull]),
+            push: lane.kill_pushes(forks, release, subjects.old, count=COUNTS[push]),
+            pull: lane.kill_pulls(forks, release, count=COUNTS[pull]),
         }
 
 
