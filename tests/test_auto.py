@@ -20,6 +20,7 @@ from loram_hub.auto import AutoLoramModel, supported_dtype
 from loram_hub.errors import CheckpointError, IncompatibleError, InvalidRequestError, VerificationError
 from loram_hub.pruning import prune
 from loram_hub.release import verify
+from loram_hub.seals import SEAL, seal
 
 IDS = torch.randint(3, 53, (2, 12), generator=torch.Generator().manual_seed(1))
 STRUCTURE = {"pruning_ratio": 0.6, "keep_first": 1, "keep_last": 1, "importance": "random"}
@@ -226,7 +227,7 @@ def test_weights_of_another_plan_are_refused(releases: Path, tmp_path: Path) -> 
     manifest["files"]["model.safetensors"] = json.loads((other.folder / "loram.json").read_text())["files"][
         "model.safetensors"
     ]
-    (mixed / "loram.json").write_text(json.dumps(manifest))
+    (mixed / "loram.json").write_text(seal({key: value for key, value in manifest.items() if key != SEAL}))
 
     with pytest.raises(IncompatibleError, match="planned"):
         AutoLoramModel.from_pretrained(mixed)
@@ -260,9 +261,9 @@ def test_weights_that_the_manifest_does_not_list_are_refused(releases: Path, tmp
     shutil.copytree(releases / "llama-bf16", mixed)
     manifest = json.loads((mixed / "loram.json").read_text())
     del manifest["files"]["model.safetensors"]
-    (mixed / "loram.json").write_text(json.dumps(manifest))
+    (mixed / "loram.json").write_text(seal({key: value for key, value in manifest.items() if key != SEAL}))
 
-    with pytest.raises(VerificationError, match=r"model\.safetensors, which its manifest does not list"):
+    with pytest.raises(VerificationError, match=r"holds model\.safetensors, which its manifest does not list"):
         AutoLoramModel.from_pretrained(mixed)
 
 

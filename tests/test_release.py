@@ -29,6 +29,7 @@ from loram_hub.errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from loram_hub.files import sha256_of
 from loram_hub.manifest import MANIFEST, BaseModel, Manifest, Pruning, file_entries
 from loram_hub.plan import Plan, parameter_counts
 from loram_hub.quantization import as_nf4, nf4_tensors
@@ -43,6 +44,7 @@ from loram_hub.release import (
     verify,
     write_release,
 )
+from loram_hub.release.nf4 import dynamic_table, nf4_table
 from loram_hub.seals import SEAL, seal
 
 BASE_CONFIG = {
@@ -615,7 +617,9 @@ def test_a_tensor_in_two_weight_files_is_refused(tmp_path: Path) -> None:
 def test_a_release_may_prune_nothing(tmp_path: Path) -> None:
     whole = Plan(ARCHITECTURE, {})
     config = release_config(BASE_CONFIG)
-    with write_release(tmp_path / "out", manifest=manifest_of(whole, pruning_ratio=0), plan=whole, config=config) as folder:
+    with write_release(
+        tmp_path / "out", manifest=manifest_of(whole, pruning_ratio=0), plan=whole, config=config
+    ) as folder:
         writer = ShardWriter(folder)
         for name, shape in ARCHITECTURE.tensor_shapes().items():
             writer.add(name, torch.zeros(shape))
@@ -632,3 +636,42 @@ def test_the_manifest_given_is_completed_not_changed(tmp_path: Path) -> None:
 
     assert given_manifest.files == {}
     assert replace(opened.manifest, files={}, tools={}) == given_manifest
+
+
+# -- what verify looks at besides -------------------------------------------------------------------------------------
+
+
+def test_code_tables_are_those_of_bitsandbytes() -> None:
+    from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+
+    assert np.array_equal(nf4_table(), get_4bit_type("nf4", device="cpu").numpy())
+    # torch divides [0.1, 1] with other rounding; half a part in ten million is one unit in the last place
+    np.testing.assert_allclose(dynamic_table(), create_dynamic_map().numpy(), rtol=2e-7, atol=0)
+    assert (len(set(nf4_table().tolist())), len(set(dynamic_table().tolist()))) == (16, 256)
+
+
+def test_verify_hashes_every_listed_file_with_what_it_is_given(sound: Path) -> None:
+    hashed: list[str] = []
+
+    def sha256(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_of(path)
+
+    release = verify(sound, sha256=sha256)
+
+    assert sorted(hashed) == sorted(release.manifest.files)
+
+
+def test_numbers_are_not_looked_at_again_where_a_hash_is_remembered(release: Path) -> None:
+    spoil_weights(release, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+
+    verify(release, sha256=sha256_of)  # stands for a hash that is remembered since the numbers were looked at
+    with pytest.raises(VerificationError, match=r"'model\.norm\.weight' in .* holds NaN"):
+        verify(release)
+
+
+def test_messages_are_one_printable_line() -> None:
+    err = VerificationError("holds \x1b]0;title\x07\nIntact: \u202e and \ud800")
+
+    assert str(err) == r"holds \x1b]0;title\x07 Intact: \u202e and \ud800"
+    assert str(err).isprintable()

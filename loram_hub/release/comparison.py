@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,23 @@ def compare_weights(release: Release, base: Path) -> int:
         InvalidRequestError: the base is stored in another type.
     """
     refuse_incomparable(release)
+    found, originals = index_tensors(release.folder), index_tensors(base)
+    _check_headers(release, found, originals, base)
+    for name, info in sorted(found.items()):
+        if not _is_slice(info, originals[name], release.plan.kept_on_axes(name)):
+            raise VerificationError(
+                f"{name!r} of {release.folder} is not what {base} has at the kept positions. The release claims to be "
+                "pruned and nothing else: do not use it."
+            )
+    return sum(info.nbytes for info in found.values())
+
+
+def _check_headers(
+    release: Release, found: Mapping[str, TensorInfo], originals: Mapping[str, TensorInfo], base: Path
+) -> None:
+    """Check that the base has all tensors, whole and in the release's types, before any of them is read."""
     whole = release.architecture.tensor_shapes()
-    originals, compared = index_tensors(base), 0
-    for name, info in sorted(index_tensors(release.folder).items()):
+    for name, info in sorted(found.items()):
         original = originals.get(name)
         if original is None or original.shape != whole[name]:
             has = "lacks" if original is None else f"has shape {original.shape} for"
@@ -79,13 +94,6 @@ def compare_weights(release: Release, base: Path) -> int:
                 f"{name!r} is {original.dtype} in {base} and {info.dtype} in the release: the bytes of one type can be "
                 "compared, not values across two. Give the base as it was when it was pruned."
             )
-        if not _is_slice(info, original, release.plan.kept_on_axes(name)):
-            raise VerificationError(
-                f"{name!r} of {release.folder} is not what {base} has at the kept positions. The release claims to be "
-                "pruned and nothing else: do not use it."
-            )
-        compared += info.nbytes
-    return compared
 
 
 def _is_slice(info: TensorInfo, original: TensorInfo, kept: tuple[Kept, ...]) -> bool:

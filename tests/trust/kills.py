@@ -16,6 +16,7 @@ from pathlib import Path
 from hub_server import HubServer
 from hub_server.storage import git_sha1
 from trust.forks import Ended, Forks
+from trust.materials import Materials
 
 REPO = "alice/release"
 RUNS_THAT_TELL = 3
@@ -92,23 +93,14 @@ class Moments:
         return kills
 
 
-def kill_writers(forks: Forks, command: list[str | Path], old: Path, folder: Path, *, count: int) -> list[Kill]:
-    """Kill a command that writes a folder, in turn one where there was nothing and one that is to be replaced.
-
-    Args:
-        forks: Runs the command.
-        command: All arguments but the folder to write, which come before it, and options after a `--`.
-        old: What stands in the place of the folder where it is replaced.
-        folder: Where to do all this.
-        count: Kills.
-    """
-    split = command.index("--")
-    out = folder / "work" / "out"
+def kill_writers(forks: Forks, materials: Materials, name: str, folder: Path, *, count: int) -> list[Kill]:
+    """Kill a command that writes a folder, in turn one where there was nothing and one that is to be replaced."""
+    old, out = materials.old, folder / "out"
 
     def run(*options: str, kill_after: float | None = None) -> Ended:
-        return forks.run(*command[:split], out, *command[split + 1 :], *options, kill_after=kill_after)
+        return forks.run(*materials.writer(name, out, *options), kill_after=kill_after)
 
-    moments = Moments(folder.name, count, lambda: run("--overwrite"))
+    moments = Moments(name, count, lambda: run("--overwrite"))
     whole, before = content_of(out), content_of(old)
     assert whole != before
 

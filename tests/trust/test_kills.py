@@ -7,64 +7,32 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from builders import projections, random_factors, save_adapter, save_base, save_tokenizer, tiny_config
 from trust.forks import HUB, WEIGHTS, Forks
 from trust.kills import HubLane, Kill, kill_writers
-
-from loram_hub.release import open_release
+from trust.materials import Materials
 
 WRITERS = {"prune": 25, "prune to NF4": 25, "quantize": 25, "recover": 30}
 """Kills that come before the end, by command."""
 PUSHES = {"push by LFS": 25, "push by xet": 20}
 PULLS = {"pull by LFS": 30, "pull by xet": 20}
 COUNTS = WRITERS | PUSHES | PULLS
-LICENCE = "MIT License\n\nPermission is hereby granted, free of charge, to any person obtaining a copy of this model\n"
-STRUCTURE = ("--keep-first", "1", "--keep-last", "1", "--pruning-ratio", "0.4")
-RANDOM = ("--importance", "random", *STRUCTURE)
+SIZES = {"hidden_size": 240, "intermediate_size": 900, "head_dim": 40, "layers": 6, "vocab_size": 2000}
+"""Of the base model: 12 MB, so that there is something to interrupt."""
 
 Results = Callable[[str], list[Kill]]
 
 
-class Subjects:
-    """A base model of some megabytes, three releases and an adapter that was trained on the first."""
-
-    def __init__(self, folder: Path, forks: Forks) -> None:
-        config = tiny_config(hidden_size=240, intermediate_size=900, head_dim=40, layers=6, vocab_size=2000)
-        self.base = save_tokenizer(save_base(folder / "base", config, dtype="bfloat16"), 2000)
-        (self.base / "LICENSE").write_text(LICENCE)
-        self.release, self.old = folder / "release", folder / "old"
-        self.nf4 = folder / "nf4"
-        for out, *options in ((self.release,), (self.old, "--seed", "1"), (self.nf4, "--quantize")):
-            for command in (
-                ("prune", self.base, out, *RANDOM, *options),
-                ("card", out, "--repo-id", "alice/release", "--license", "mit"),
-            ):
-                ended = forks.run(*command)
-                assert ended.status == 0, ended
-        shapes = projections(open_release(self.release).plan)
-        self.adapter = save_adapter(folder / "adapter", random_factors(shapes, rank=64), base=self.release, r=64)
+def kill_all_writers(folder: Path, forks: Forks, materials: Materials) -> dict[str, list[Kill]]:
+    return {name: kill_writers(forks, materials, name, folder / name, count=COUNTS[name]) for name in WRITERS}
 
 
-def kill_all_writers(folder: Path, forks: Forks, subjects: Subjects) -> dict[str, list[Kill]]:
-    commands: dict[str, list[str | Path]] = {
-        "prune": ["prune", subjects.base, "--", *RANDOM],
-        "prune to NF4": ["prune", subjects.base, "--", *RANDOM, "--quantize"],
-        "quantize": ["quantize", subjects.release, "--"],
-        "recover": ["recover", subjects.adapter, "--"],
-    }
-    return {
-        name: kill_writers(forks, command, subjects.old, folder / name, count=COUNTS[name])
-        for name, command in commands.items()
-    }
-
-
-def kill_all_on_hub(folder: Path, subjects: Subjects, transfer: str) -> dict[str, list[Kill]]:
+def kill_all_on_hub(folder: Path, materials: Materials, transfer: str) -> dict[str, list[Kill]]:
     push, pull = f"push by {transfer}", f"pull by {transfer}"
     lane = HubLane(folder / transfer, xet=transfer == "xet")
-    release = subjects.nf4 if transfer == "xet" else subjects.release
+    release = materials.nf4 if transfer == "xet" else materials.release
     with Forks(HUB, lane.environment()) as forks:
         return {
-            push: lane.kill_pushes(forks, release, subjects.old, count=COUNTS[push]),
+            push: lane.kill_pushes(forks, release, materials.old, count=COUNTS[push]),
             pull: lane.kill_pulls(forks, release, count=COUNTS[pull]),
         }
 
@@ -73,11 +41,11 @@ def kill_all_on_hub(folder: Path, subjects: Subjects, transfer: str) -> dict[str
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     folder = tmp_path_factory.mktemp("kills")
     with Forks(WEIGHTS) as forks, ThreadPoolExecutor() as pool:
-        subjects = Subjects(folder, forks)
+        materials = Materials(folder, forks, **SIZES)
         lanes: dict[str, Future[dict[str, list[Kill]]]] = {
-            transfer: pool.submit(kill_all_on_hub, folder, subjects, transfer) for transfer in ("LFS", "xet")
+            transfer: pool.submit(kill_all_on_hub, folder, materials, transfer) for transfer in ("LFS", "xet")
         }
-        lanes["writers"] = pool.submit(kill_all_writers, folder, forks, subjects)
+        lanes["writers"] = pool.submit(kill_all_writers, folder, forks, materials)
 
         def of(name: str) -> list[Kill]:
             return lanes["writers" if name in WRITERS else name.rpartition(" ")[2]].result()[name]

@@ -1,0 +1,180 @@
+"""Disks that are full at any write, or cannot be written to: one message, exit code 6, and what was there stays."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from trust.forks import HUB, WEIGHTS, Ended, Forks
+from trust.kills import content_of
+from trust.materials import Materials
+
+WRITERS = ("prune", "prune to NF4", "quantize", "recover", "merge")
+PAGE = 4096
+DISK_PAGES = 1024
+REPO = "alice/release"
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks(WEIGHTS) as forks:
+        yield forks
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Materials:
+    return Materials(tmp_path_factory.mktemp("full"), forks)
+
+
+def limits_below(folder: Path) -> list[int]:
+    """Sizes of file of which each stops the writing of this folder at another place."""
+    sizes = {path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    limits = {0, 1, PAGE} | {size - 1 for size in sizes} | {size // 2 for size in sizes}
+    return sorted(limit for limit in limits if limit < max(sizes))
+
+
+def check_refused(ended: Ended) -> None:
+    assert ended.status == 6, ended
+    assert "Traceback" not in ended.output
+    errors = [line for line in ended.output.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, ended
+    assert "Free some space" in errors[0]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_no_file_may_grow_over_a_limit(tmp_path: Path, forks: Forks, materials: Materials, name: str) -> None:
+    out = tmp_path / "out"
+    assert forks.run(*materials.writer(name, out)).status == 0
+    whole, limits = content_of(out), limits_below(out)
+    largest = max(path.stat().st_size for path in out.rglob("*"))
+
+    for replaces in (False, True):
+        shutil.rmtree(out)
+        options = ("--overwrite",) if replaces else ()
+        if replaces:
+            shutil.copytree(materials.old, out)
+        before = content_of(out)
+        for limit in limits:
+            ended = forks.run(*materials.writer(name, out, *options), largest_file=limit)
+
+            check_refused(ended)
+            assert content_of(out) == before, limit
+            assert [path.name for path in tmp_path.iterdir()] == (["out"] if replaces else []), limit
+        ended = forks.run(*materials.writer(name, out, *options), largest_file=largest)
+        assert ended.status == 0, ended
+        assert content_of(out) == whole
+    print(f"{name}: stopped at {2 * len(limits)} limits, each time with exit code 6 and the old state")
+
+
+def test_a_card_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, forks: Forks, materials: Materials) -> None:
+    folder = shutil.copytree(materials.release, tmp_path / "release")
+    before = content_of(folder)
+    command = ("card", folder, "--repo-id", "bob/other-name", "--license", "mit")
+    card = [folder / "README.md", folder / "pictures" / "kept_groups.png"]
+    sizes = sorted({0, 1, PAGE} | {path.stat().st_size // 2 for path in card})
+
+    for limit in sizes:
+        check_refused(forks.run(*command, largest_file=limit))
+        assert content_of(folder) == before, limit
+        assert [path.name for path in tmp_path.iterdir()] == ["release"]
+    ended = forks.run(*command)
+    assert ended.status == 0, ended
+    assert content_of(folder) != before
+
+
+@pytest.mark.parametrize("transfer", ["LFS", "xet"])
+def test_a_pull_that_cannot_be_stored_is_refused_and_completed_later(
+    tmp_path: Path, materials: Materials, transfer: str
+) -> None:
+    home = tmp_path / "home"
+    with HubServer(tmp_path / "hub") as hub:
+        with Forks(HUB, hub.environment(home, xet=transfer == "xet", HF_XET_CHUNK_CACHE_SIZE_BYTES="0")) as clients:
+            pushed = clients.run("push", materials.release, REPO, "--public", "--license", "mit")
+            assert pushed.status == 0, pushed
+            wanted = {name: digest for name, digest in content_of(materials.release).items() if "/" not in name}
+            snapshot = home / "hub" / "models--alice--release" / "snapshots" / hub.repo(REPO).refs["main"]
+
+            for limit in limits_below(materials.release):
+                shutil.rmtree(home)
+                check_refused(clients.run("verify", REPO, largest_file=limit))
+                assert content_of(snapshot).items() <= wanted.items(), limit
+
+                ended = clients.run("verify", REPO)
+                assert ended.status == 0, ended
+                assert content_of(snapshot) == wanted
+
+
+class SmallDisk:
+    """A file system of its own with as much room as a test leaves it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._ballast = folder / "ballast"
+
+    def leave(self, pages: int) -> None:
+        """Leave so many pages; names and folders take none."""
+        self._ballast.unlink(missing_ok=True)
+        self._ballast.write_bytes(bytes((DISK_PAGES - pages) * PAGE))
+
+    def mount(self, *options: str) -> None:
+        """Mount it, or change how it is mounted."""
+        subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", self.folder], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    disk = SmallDisk(tmp_path / "disk")
+    disk.folder.mkdir()
+    try:
+        disk.mount(f"size={DISK_PAGES * PAGE}")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("cannot mount a small disk here (needs root on Linux)")
+    yield disk
+    subprocess.run(["umount", disk.folder], check=True)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_disk_with_too_little_room_by_any_number_of_pages(
+    small_disk: SmallDisk, forks: Forks, materials: Materials, name: str
+) -> None:
+    out = small_disk.folder / "out"
+    assert forks.run(*materials.writer(name, out)).status == 0
+    whole = content_of(out)
+    shutil.rmtree(out)
+    shutil.copytree(materials.old, out)
+    before = content_of(out)
+    occupied = -(-sum(-(-path.stat().st_size // PAGE) for path in out.rglob("*") if path.is_file()))
+
+    pages, refused = 0, 0
+    while True:
+        small_disk.leave(occupied + pages)
+        ended = forks.run(*materials.writer(name, out, "--overwrite"))
+        assert sorted(path.name for path in small_disk.folder.iterdir()) == ["ballast", "out"]
+        if ended.status == 0:
+            break
+        check_refused(ended)
+        assert content_of(out) == before, pages
+        pages, refused = pages + 1, refused + 1
+
+    assert content_of(out) == whole
+    assert refused >= sum(path.stat().st_size for path in out.iterdir()) // PAGE
+    print(f"{name}: the disk full at each of {refused} pages, each time with exit code 6 and the old folder")
+
+
+def test_a_disk_that_is_read_only_is_refused(small_disk: SmallDisk, forks: Forks, materials: Materials) -> None:
+    out = shutil.copytree(materials.old, small_disk.folder / "out")
+    before = content_of(out)
+    small_disk.mount("remount", "ro")
+
+    for name in WRITERS:
+        ended = forks.run(*materials.writer(name, out, "--overwrite"))
+        assert ended.status == 6, ended
+        assert "Traceback" not in ended.output
+    ended = forks.run("card", out, "--license", "mit")
+    assert ended.status == 6, ended
+
+    assert content_of(out) == before
