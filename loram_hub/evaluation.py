@@ -27,7 +27,7 @@ from loram_hub.adapter import check_base, pinned_revision
 from loram_hub.auto import AutoLoramModel, supported_dtype
 from loram_hub.errors import InvalidRequestError, MissingDependencyError
 from loram_hub.hub import ADAPTER_FILES, resolve
-from loram_hub.texts import Example, Specification, read_examples
+from loram_hub.texts import Example, Specification, dataset_id, read_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,6 +101,8 @@ class EvaluationTable:
     """Completion tokens scored, the same for every row."""
     cut_examples: int
     """Examples that were longer than `max_tokens`: tasks lost the start of their prompt, texts were split."""
+    dataset: str | None = None
+    """Hub id of the data; None if they are not from there."""
 
     def loss_of(self, model: str) -> float | None:
         """Return the loss of a row by its name; None if it was not evaluated."""
@@ -182,6 +184,7 @@ def evaluate(
         examples=len(encoded),
         tokens=sum(example.scored_tokens for example in encoded),
         cut_examples=cut_examples,
+        dataset=dataset_id(data),
     )
 
 

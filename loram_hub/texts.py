@@ -81,6 +81,12 @@ def read_examples(spec: Specification, *, split: str = "train", limit: int | Non
     return found
 
 
+def dataset_id(spec: Specification) -> str | None:
+    """Return the Hub id of a specification that is one; None for a list, file or folder."""
+    is_id = isinstance(spec, str) and not Path(spec).expanduser().exists()
+    return str(spec) if is_id else None
+
+
 def _name(spec: Specification) -> str:
     return str(spec) if isinstance(spec, str | os.PathLike) else f"The list of {len(spec):,} records"
 

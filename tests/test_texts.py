@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loram_hub.errors import AccessError, InvalidRequestError, VerificationError
-from loram_hub.texts import Example, calibration_ids, read_examples, read_texts
+from loram_hub.texts import Example, calibration_ids, dataset_id, read_examples, read_texts
 
 RECORDS: list[dict[str, str]] = [
     {"text": "first"},
@@ -205,3 +205,12 @@ def test_calibration_that_is_too_short_says_how_much_is_missing(tokenizer: PreTr
 def test_calibration_of_nothing_is_refused(tokenizer: PreTrainedTokenizerBase, samples: int, tokens: int) -> None:
     with pytest.raises(InvalidRequestError, match="1 x 2 is the least"):
         calibration_ids(["w4 w5"], tokenizer, samples=samples, tokens=tokens)
+
+
+def test_only_what_is_neither_list_nor_path_is_a_dataset_id(tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text("{}")
+
+    assert dataset_id("org/tasks") == "org/tasks"
+    assert dataset_id(str(tmp_path / "texts.jsonl")) is None
+    assert dataset_id(tmp_path) is None
+    assert dataset_id(["a text"]) is None

@@ -18,7 +18,8 @@ from loram_hub.release import open_metadata
 from loram_hub.seals import SEAL, seal
 
 SUBJECTS = ("bf16", "nf4", "sharded", "recovered", "peft")
-STRUCTURE: dict[str, Any] = {"importance": "random", "pruning_ratio": 0.4, "keep_first": 1, "keep_last": 1}
+# Every layer is pruned, so that all have one size and stock libraries can be shown the same weights.
+STRUCTURE: dict[str, Any] = {"importance": "random", "pruning_ratio": 0.4, "keep_first": 0, "keep_last": 0}
 
 
 def build_subjects(folder: Path) -> None:

@@ -91,21 +91,27 @@ def test_a_pull_that_cannot_be_stored_is_refused_and_completed_later(
     tmp_path: Path, materials: Materials, transfer: str
 ) -> None:
     home = tmp_path / "home"
-    with HubServer(tmp_path / "hub") as hub:
-        with Forks(HUB, hub.environment(home, xet=transfer == "xet", HF_XET_CHUNK_CACHE_SIZE_BYTES="0")) as clients:
-            pushed = clients.run("push", materials.release, REPO, "--public", "--license", "mit")
-            assert pushed.status == 0, pushed
-            wanted = {name: digest for name, digest in content_of(materials.release).items() if "/" not in name}
-            snapshot = home / "hub" / "models--alice--release" / "snapshots" / hub.repo(REPO).refs["main"]
+    wanted = {name: digest for name, digest in content_of(materials.release).items() if "/" not in name}
 
-            for limit in limits_below(materials.release):
-                shutil.rmtree(home)
-                check_refused(clients.run("verify", REPO, largest_file=limit))
-                assert content_of(snapshot).items() <= wanted.items(), limit
+    with (
+        HubServer(tmp_path / "hub") as hub,
+        Forks(HUB, hub.environment(home, xet=transfer == "xet", HF_XET_CHUNK_CACHE_SIZE_BYTES="0")) as clients,
+    ):
+        pushed = clients.run("push", materials.release, REPO, "--public", "--license", "mit")
+        assert pushed.status == 0, pushed
+        snapshot = home / "hub" / "models--alice--release" / "snapshots" / hub.repo(REPO).refs["main"]
+        for limit in limits_below(materials.release):
+            shutil.rmtree(home)
+            check_refused(clients.run("verify", REPO, largest_file=limit))
+            assert content_of(snapshot).items() <= wanted.items(), limit
 
-                ended = clients.run("verify", REPO)
-                assert ended.status == 0, ended
-                assert content_of(snapshot) == wanted
+            ended = clients.run("verify", REPO)
+            assert ended.status == 0, ended
+            assert content_of(snapshot) == wanted
+
+
+def pages_of(folder: Path) -> int:
+    return sum(-(-path.stat().st_size // PAGE) for path in folder.rglob("*") if path.is_file())
 
 
 class SmallDisk:
@@ -146,23 +152,22 @@ def test_a_disk_with_too_little_room_by_any_number_of_pages(
     whole = content_of(out)
     shutil.rmtree(out)
     shutil.copytree(materials.old, out)
-    before = content_of(out)
-    occupied = -(-sum(-(-path.stat().st_size // PAGE) for path in out.rglob("*") if path.is_file()))
+    before, occupied = content_of(out), pages_of(out)
 
-    pages, refused = 0, 0
-    while True:
+    def run_with_room(pages: int) -> Ended:
         small_disk.leave(occupied + pages)
-        ended = forks.run(*materials.writer(name, out, "--overwrite"))
-        assert sorted(path.name for path in small_disk.folder.iterdir()) == ["ballast", "out"]
-        if ended.status == 0:
-            break
+        return forks.run(*materials.writer(name, out, "--overwrite"))
+
+    room = 0
+    while (ended := run_with_room(room)).status != 0:
         check_refused(ended)
-        assert content_of(out) == before, pages
-        pages, refused = pages + 1, refused + 1
+        assert content_of(out) == before, room
+        assert sorted(path.name for path in small_disk.folder.iterdir()) == ["ballast", "out"]
+        room += 1
 
     assert content_of(out) == whole
-    assert refused >= sum(path.stat().st_size for path in out.iterdir()) // PAGE
-    print(f"{name}: the disk full at each of {refused} pages, each time with exit code 6 and the old folder")
+    assert room == pages_of(out)
+    print(f"{name}: the disk full after each of {room} pages, each time with exit code 6 and the old folder")
 
 
 def test_a_disk_that_is_read_only_is_refused(small_disk: SmallDisk, forks: Forks, materials: Materials) -> None:
