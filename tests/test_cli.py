@@ -12,7 +12,16 @@ from typing import Any
 
 import click
 import pytest
-from builders import save_base, save_tokenizer, tiny_config
+from builders import (
+    half_plan,
+    random_factors,
+    save_adapter,
+    save_base,
+    save_metadata_release,
+    save_tokenizer,
+    tiny_architecture,
+    tiny_config,
+)
 
 from loram_hub.cli import main
 
@@ -23,11 +32,19 @@ EXPECTED_OPTIONS = {
         "device", "overwrite", "dry-run", "revision", "token", "json",
     },
     "quantize": {"device", "overwrite", "dry-run", "revision", "token", "json"},
+    "card": {"repo-id", "license", "evaluation", "dry-run", "json"},
+    "push": {
+        "private", "gated", "license", "evaluation", "tag", "collection", "message", "token", "dry-run", "json",
+    },
     "info": {"revision", "token", "json"},
-    "verify": {"revision", "token", "json"},
+    "verify": {"full", "base", "revision", "token", "json"},
     "recover": {"release", "dtype", "overwrite", "dry-run", "revision", "token", "json"},
-    "merge": {"overwrite", "dry-run", "revision", "token", "json"},
-    "eval": {"base", "release", "adapter", "recovered", "max-tokens", "batch-size", "limit", "device", "json"},
+    "doctor": {"target", "base", "fix", "overwrite", "revision", "token", "json"},
+    "merge": {"allow-base-mismatch", "overwrite", "dry-run", "revision", "token", "json"},
+    "eval": {
+        "base", "release", "adapter", "recovered", "max-tokens", "batch-size", "limit", "device",
+        "allow-base-mismatch", "json",
+    },
     "demo": {"model", "work-dir", "pruning-ratio", "steps", "device", "json"},
 }  # fmt: skip
 LLAMA_70B = {
@@ -221,3 +238,34 @@ def test_the_console_script_is_the_same_command() -> None:
 
     assert run.returncode == 0
     assert "loram" in run.stdout
+
+
+def test_doctor_says_what_a_server_does_wrong_and_fixes_it(tmp_path: Path) -> None:
+    shapes = {"model.layers.0.self_attn.q_proj": (60, 24), "model.layers.0.self_attn.v_proj": (30, 24)}
+    save_adapter(tmp_path / "adapter", random_factors(shapes), base="org/base", alpha_pattern={"v_proj": 32})
+
+    ill = loram("doctor", tmp_path / "adapter", "--target", "vllm")
+    assert ill.returncode == 4
+    assert "alpha_pattern" in ill.stdout
+    assert "vllm: wrong results" in ill.stdout
+    assert "--fix=OUT" in ill.stderr
+
+    cured = output(loram("doctor", tmp_path / "adapter", "--fix", tmp_path / "fixed", "--json"))
+    assert cured["verdict"] == "serves"
+    assert cured["fixed"]["changes"]
+    assert cured["command"] == [
+        f"vllm serve org/base --enable-lora --max-lora-rank 8 --lora-modules fixed={tmp_path / 'fixed'}"
+    ]
+
+
+def test_card_is_printed_or_written(tmp_path: Path) -> None:
+    plan = half_plan(tiny_architecture())
+    release = save_metadata_release(tmp_path / "release", tiny_config(), plan, base_id="org/base")
+
+    dry = output(loram("card", release, "--license", "mit", "--repo-id", "org/tiny", "--dry-run", "--json"))
+    assert dry["card"].startswith("---\nbase_model: org/base\n")
+    assert not (release / "README.md").exists()
+    written = output(loram("card", release, "--license", "mit", "--repo-id", "org/tiny", "--json"))
+    assert written["files"] == dry["files"]
+    assert (release / "README.md").read_text() == dry["card"]
+    assert loram("card", release).returncode == 2  # nobody knows the licence of org/base

@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIGHT = [
     *("errors", "files", "architecture", "plan", "checkpoint", "manifest", "release"),
-    *("hub", "adapter", "recovery", "inspection", "cli"),
+    *("hub", "adapter", "recovery", "inspection", "cli", "digests", "folders", "seals", "tensors"),
+    *("licences", "cards", "doctor", "pushing"),
 ]
 
 
