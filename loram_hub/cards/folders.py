@@ -62,27 +62,38 @@ def write_card(folder: Path, card: Card) -> tuple[str, ...]:
             f"{folder} has {fixed[0]} in its {MANIFEST}: it is part of the release, and a new one would make it fail "
             "verification. Prune into a folder without it, then write the card."
         )
+    written: dict[str, Path] = {}
     with resource_errors(f"Writing the card into {folder}"):
-        for name in GENERATED[1:]:
-            if name not in card.files:
-                (folder / name).unlink(missing_ok=True)
-        for name, content in reversed(card.all_files.items()):
-            _write(folder, name, content)
+        try:
+            for name, content in reversed(card.all_files.items()):
+                written[name] = _partial(folder, name)
+                _write(written[name], content)
+            _exchange(folder, written, outdated=[name for name in GENERATED[1:] if name not in card.files])
+        finally:
+            for partial in written.values():
+                partial.unlink(missing_ok=True)
     return tuple(card.all_files)
 
 
-def _write(folder: Path, name: str, content: bytes) -> None:
-    """Write beside the folder and rename: a killed run leaves nothing in the folder that verification would refuse."""
-    target = folder / name
-    target.parent.mkdir(exist_ok=True)
+def _partial(folder: Path, name: str) -> Path:
+    """Name a file beside the folder: a killed run leaves nothing in it that verification would refuse."""
     root = Path(os.path.realpath(folder))
-    partial = root.with_name(f".{root.name}.{name.replace('/', '.')}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    return root.with_name(f".{root.name}.{name.replace('/', '.')}.partial")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _exchange(folder: Path, written: Mapping[str, Path], *, outdated: list[str]) -> None:
+    """Put a card in the place of an older one, now that all of it is on the disk."""
+    for name in outdated:
+        (folder / name).unlink(missing_ok=True)
+    for name, partial in written.items():
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
         partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    fsync_folder(target.parent)
+        fsync_folder(target.parent)

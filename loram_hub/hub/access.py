@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ _PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds between attempts; huggingface_hub itself repeats some requests and not others (a commit, a lost listing)."""
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REFUSED = frozenset({401, 403, 404})
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_XET = re.compile(r"CAS Client Error|Task error|File reconstruction error")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -81,7 +84,8 @@ def access_errors(name: str) -> Iterator[None]:
         ResourceError: the disk is full.
     """
     try:
-        yield
+        with _xet_errors(name):
+            yield
     except LoramError:
         raise
     except HFValidationError as err:
@@ -110,6 +114,22 @@ def access_errors(name: str) -> Iterator[None]:
             f"The connection to the Hub broke off ({type(err).__name__}) at {name}. Run it again: what has arrived is "
             "kept."
         ) from err
+
+
+@contextmanager
+def _xet_errors(name: str) -> Iterator[None]:
+    """Tell apart what hf_xet, written in Rust, reports as one kind of error."""
+    try:
+        yield
+    except RuntimeError as err:
+        number = _OS_ERROR.search(str(err))
+        if number is not None and int(number[1]) in _FULL:
+            raise ResourceError(
+                f"Downloading {name} failed: {_first_line(err)}. Free some space, or set HF_HOME elsewhere."
+            ) from err
+        if _XET.search(str(err)) is None:
+            raise
+        raise AccessError(f"The transfer of {name} by xet failed: {_first_line(err)}. Try again later.") from err
 
 
 def _refusal(name: str, err: HfHubHTTPError) -> str:

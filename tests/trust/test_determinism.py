@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from trust.materials import LICENCE
 BUILD = """
 import os, sys
 from pathlib import Path
+import torch
 from builders import projections, random_factors, save_adapter
 from loram_hub.cli import main
 from loram_hub.release import open_release
@@ -31,7 +33,10 @@ here = Path(sys.argv[2])
 structure = ("--keep-first", "1", "--keep-last", "1", "--pruning-ratio", "0.4", "--seed", "3")
 loram("prune", here / "base", here / "random", "--importance", "random", *structure)
 loram("prune", here / "base", here / "magnitude", "--importance", "magnitude", *structure)
+threads = torch.get_num_threads()
+torch.set_num_threads(1)  # gradients add up in another order on more threads: scores may differ in the last bits
 loram("prune", here / "base", here / "taylor", "--calibration", here / "texts.jsonl", *structure)
+torch.set_num_threads(threads)
 loram("prune", here / "base", here / "nf4", "--importance", "random", "--quantize", *structure)
 loram("quantize", here / "random", here / "quantized")
 shapes = projections(open_release(here / "random").plan)
@@ -87,12 +92,12 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_two_builds_are_equal_to_the_byte(builds: list[Path], name: str) -> None:
+def test_two_builds_are_equal_to_the_byte(builds: list[Path], figure: Callable[[str], None], name: str) -> None:
     first, second = (content_of(folder / name) for folder in builds)
 
     assert len(first) >= 3
     assert second == first
-    print(f"{name}: {len(first)} files, equal in two builds")
+    figure(f"{name}: {len(first)} files, equal in two builds")
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -104,9 +109,6 @@ def test_no_file_holds_a_path_of_the_machine_that_made_it(builds: list[Path], na
 
 
 def test_different_recipes_give_different_bytes(builds: list[Path]) -> None:
-    weights: dict[str, Content] = {name: content_of(builds[0] / name) for name in ("random", "magnitude", "taylor")}
+    weights = {content_of(builds[0] / name)["model.safetensors"] for name in ("random", "magnitude", "taylor", "nf4")}
 
-    assert len({content["model.safetensors"] for content in weights.values()}) == 3
-    assert (
-        content_of(builds[0] / "nf4")["model.safetensors"] == content_of(builds[0] / "quantized")["model.safetensors"]
-    )
+    assert len(weights) == 4

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ from trust.forks import HUB, WEIGHTS, Ended, Forks
 from trust.kills import content_of
 from trust.materials import Materials
 
+from loram_hub.manifest import read_manifest
+
 WRITERS = ("prune", "prune to NF4", "quantize", "recover", "merge")
 PAGE = 4096
 DISK_PAGES = 1024
 REPO = "alice/release"
+
+Figure = Callable[[str], None]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,9 @@ def check_refused(ended: Ended) -> None:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_no_file_may_grow_over_a_limit(tmp_path: Path, forks: Forks, materials: Materials, name: str) -> None:
+def test_no_file_may_grow_over_a_limit(
+    tmp_path: Path, forks: Forks, materials: Materials, figure: Figure, name: str
+) -> None:
     out = tmp_path / "out"
     assert forks.run(*materials.writer(name, out)).status == 0
     whole, limits = content_of(out), limits_below(out)
@@ -67,23 +74,33 @@ def test_no_file_may_grow_over_a_limit(tmp_path: Path, forks: Forks, materials: 
         ended = forks.run(*materials.writer(name, out, *options), largest_file=largest)
         assert ended.status == 0, ended
         assert content_of(out) == whole
-    print(f"{name}: stopped at {2 * len(limits)} limits, each time with exit code 6 and the old state")
+    figure(f"{name}: stopped at {2 * len(limits)} limits, each time with exit code 6 and the old state")
+
+
+def save_evaluation(path: Path, release: Path, *, loss: float) -> Path:
+    row = {"model": "pruned", "loss": loss, "perplexity": None, "parameters": read_manifest(release).parameters}
+    path.write_text(json.dumps({"rows": [row], "examples": 2, "tokens": 10, "dataset": "org/held-out"}))
+    return path
 
 
 def test_a_card_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, forks: Forks, materials: Materials) -> None:
     folder = shutil.copytree(materials.release, tmp_path / "release")
+    old = save_evaluation(tmp_path / "old.json", folder, loss=6.5)
+    new = save_evaluation(tmp_path / "new.json", folder, loss=7.5)
+    command = ("card", folder, "--license", "mit")
+    assert forks.run(*command, "--repo-id", "org/old", "--evaluation", old).status == 0
     before = content_of(folder)
-    command = ("card", folder, "--repo-id", "bob/other-name", "--license", "mit")
-    card = [folder / "README.md", folder / "pictures" / "kept_groups.png"]
-    sizes = sorted({0, 1, PAGE} | {path.stat().st_size // 2 for path in card})
+    card = [folder / "README.md", *folder.glob("pictures/*"), *folder.glob(".eval_results/*")]
+    assert len(card) == 3
+    sizes = {path.stat().st_size for path in card}
 
-    for limit in sizes:
-        check_refused(forks.run(*command, largest_file=limit))
+    for limit in sorted({0, 1, PAGE} | {size - 1 for size in sizes} | {size // 2 for size in sizes}):
+        check_refused(forks.run(*command, "--repo-id", "org/new", "--evaluation", new, largest_file=limit))
         assert content_of(folder) == before, limit
-        assert [path.name for path in tmp_path.iterdir()] == ["release"]
-    ended = forks.run(*command)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["new.json", "old.json", "release"]
+    ended = forks.run(*command, "--repo-id", "org/new", "--evaluation", new)
     assert ended.status == 0, ended
-    assert content_of(folder) != before
+    assert len([name for name, digest in content_of(folder).items() if before[name] != digest]) == 2
 
 
 @pytest.mark.parametrize("transfer", ["LFS", "xet"])
@@ -145,7 +162,7 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_disk_with_too_little_room_by_any_number_of_pages(
-    small_disk: SmallDisk, forks: Forks, materials: Materials, name: str
+    small_disk: SmallDisk, forks: Forks, materials: Materials, figure: Figure, name: str
 ) -> None:
     out = small_disk.folder / "out"
     assert forks.run(*materials.writer(name, out)).status == 0
@@ -167,7 +184,7 @@ def test_a_disk_with_too_little_room_by_any_number_of_pages(
 
     assert content_of(out) == whole
     assert room == pages_of(out)
-    print(f"{name}: the disk full after each of {room} pages, each time with exit code 6 and the old folder")
+    figure(f"{name}: the disk full after each of {room} pages, each time with exit code 6 and the old folder")
 
 
 def test_a_disk_that_is_read_only_is_refused(small_disk: SmallDisk, forks: Forks, materials: Materials) -> None:

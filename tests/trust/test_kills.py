@@ -20,6 +20,7 @@ SIZES = {"hidden_size": 240, "intermediate_size": 900, "head_dim": 40, "layers":
 """Of the base model: 12 MB, so that there is something to interrupt."""
 
 Results = Callable[[str], list[Kill]]
+Figure = Callable[[str], None]
 
 
 def kill_all_writers(folder: Path, forks: Forks, materials: Materials) -> dict[str, list[Kill]]:
@@ -53,9 +54,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
         yield of
 
 
-def report(name: str, kills: list[Kill]) -> None:
+def report(figure: Figure, name: str, kills: list[Kill]) -> None:
     seen = [kill.seen for kill in kills]
-    print(
+    figure(
         f"{name}: {len(kills)} kills, {sum(kill.landed for kill in kills)} before the end; seen then: "
         f"{seen.count('before')} times what was there, {seen.count('after')} times the result, {seen.count('part')} "
         f"times a part; {sum(kill.same for kill in kills)} of {len(kills)} reruns end as an undisturbed run"
@@ -73,21 +74,23 @@ def test_there_are_two_hundred_kills_in_all() -> None:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_killed_command_leaves_the_old_folder_or_the_new_one_and_its_rerun_ends_the_same(
-    results: Results, name: str
+    results: Results, figure: Figure, name: str
 ) -> None:
     kills = results(name)
 
-    report(name, kills)
+    report(figure, name, kills)
     check(kills, name)
     assert [kill for kill in kills if kill.left] == []
 
 
 @pytest.mark.parametrize("name", PUSHES)
-def test_a_killed_push_shows_nothing_or_all_and_its_rerun_ends_the_same(results: Results, name: str) -> None:
+def test_a_killed_push_shows_nothing_or_all_and_its_rerun_ends_the_same(
+    results: Results, figure: Figure, name: str
+) -> None:
     kills = results(name)
 
-    report(name, kills)
-    print(f"{name}: at most {max(kill.sent for kill in kills):.2f} times the bytes of an undisturbed run")
+    report(figure, name, kills)
+    figure(f"{name}: at most {max(kill.sent for kill in kills):.2f} times the bytes of an undisturbed run")
     check(kills, name)
     assert [kill for kill in kills if kill.left] == []  # no branch aside
     assert [kill for kill in kills if kill.sent_again] == []
@@ -95,9 +98,11 @@ def test_a_killed_push_shows_nothing_or_all_and_its_rerun_ends_the_same(results:
 
 
 @pytest.mark.parametrize("name", PULLS)
-def test_a_killed_pull_leaves_only_whole_files_and_its_rerun_ends_the_same(results: Results, name: str) -> None:
+def test_a_killed_pull_leaves_only_whole_files_and_its_rerun_ends_the_same(
+    results: Results, figure: Figure, name: str
+) -> None:
     kills = results(name)
 
-    report(name, kills)
-    print(f"{name}: {sum(len(kill.left) for kill in kills)} of huggingface_hub's .incomplete files stay in the cache")
+    report(figure, name, kills)
+    figure(f"{name}: {sum(len(kill.left) for kill in kills)} of huggingface_hub's .incomplete files stay in the cache")
     check(kills, name)
