@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -54,6 +55,8 @@ _BESIDE: Mapping[str, tuple[str, ...]] = {
     "pictures": ("*.png",),
     ".eval_results": ("*.yaml",),
 }
+_SETTINGS = ("generation_config.json", "tokenizer_config.json")
+_PLAIN_NAME = re.compile(r"[\w.+()-][\w .+()-]*[\w+()-]", re.ASCII)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 _ALIGNMENT = 8
 _CODES: Mapping[str, str] = {
@@ -146,10 +149,21 @@ def _may_hold_code(name: str) -> bool:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config and licence files of a checkpoint to another folder."""
+    """Copy tokenizer, generation config and licence files of a checkpoint to another folder.
+
+    Left out is what a release may not hold: names that some systems read otherwise, and `auto_map`, which names code.
+    """
     with resource_errors(f"Writing {target}"):
         for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
-            if path.is_file() and not _may_hold_code(path.name):
+            if not path.is_file() or _may_hold_code(path.name):
+                continue
+            if _PLAIN_NAME.fullmatch(path.name) is None:
+                logger.warning("Leaving out %r: a name of plain ASCII letters is needed", path.name)
+            elif path.name in _SETTINGS and b'"auto_map"' in path.read_bytes():
+                logger.warning("Leaving auto_map out of %s: a release names no code", path.name)
+                values = {key: value for key, value in read_json(path).items() if key != "auto_map"}
+                (target / path.name).write_text(dump_json(values), encoding="utf-8")
+            else:
                 shutil.copyfile(path, target / path.name)
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,8 +68,7 @@ def parse_json(text: str, *, source: str) -> dict[str, Any]:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise VerificationError(f"{source} has the key {twice!r} twice; which one counts cannot be told.")
         return found
 

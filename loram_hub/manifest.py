@@ -30,7 +30,8 @@ FLOAT_TYPES = ("bfloat16", "float16", "float32")
 METHOD = "structured"
 """The one way of pruning that format 1 has."""
 
-_MAX_PARAMETERS = 10**15
+_MAX_COUNT = 10**15
+_MAX_SEED = 2**64
 _MAX_TEXT = 256
 _HEX = re.compile(r"[0-9a-f]+")
 _TOOLS = ("loram-hub", "torch", "transformers", "bitsandbytes", "safetensors", "numpy")
@@ -162,9 +163,9 @@ def _check_values(manifest: Manifest, source: str) -> None:
         ("base.parameters", base.parameters),
         ("pruning.keep_first", pruning.keep_first),
         ("pruning.keep_last", pruning.keep_last),
-        ("pruning.seed", pruning.seed),
     ):
         _check_count(what, count, source)
+    _check_count("pruning.seed", pruning.seed, source, most=_MAX_SEED)
     if pruning.method != METHOD:
         raise VerificationError(f"{source} has pruning.method {pruning.method!r:.100}; format 1 has {METHOD!r} alone.")
     if quantization is not None and (
@@ -191,9 +192,13 @@ def _check_hash(what: str, value: str, digits: int, source: str) -> None:
         raise VerificationError(f"{source} has {what} {value!r:.100}; {digits} hexadecimal digits are needed.")
 
 
-def _check_count(what: str, value: int, source: str) -> None:
-    if not 0 <= value <= _MAX_PARAMETERS:
-        raise VerificationError(f"{source} has {what} {value:.6g}; 0 to {_MAX_PARAMETERS:.0e} is what is believed.")
+def _check_count(what: str, value: int, source: str, *, most: int = _MAX_COUNT) -> None:
+    if not 0 <= value <= most:
+        raise VerificationError(f"{source} has {what} {_short(value)}; 0 to {most:.0e} is what is believed.")
+
+
+def _short(value: int) -> str:
+    return str(value) if abs(value) < 10**12 else f"about 10^{len(str(abs(value))) - 1}"
 
 
 def _check_texts(values: Mapping[str, Any], source: str) -> None:

@@ -7,7 +7,7 @@ copy, an editor that saved. Since the text has one spelling, every byte of it co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ SEAL = "sha256"
 """Key of the hash."""
 MAX_DEPTH = 32
 """Levels of nesting in a JSON file here; real configs have about five."""
+MAX_VALUES = 200_000
+"""Values in a JSON file here; a tokenizer's settings with every added token have some ten thousand."""
 
 
 def seal(values: Mapping[str, Any]) -> str:
@@ -51,16 +53,18 @@ def check_seal(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_depth(values: object, *, source: str) -> None:
-    """Raise `VerificationError` if untrusted JSON nests deeper than what handles it may safely follow."""
+    """Raise `VerificationError` if untrusted JSON is deeper or wider than what handles it may safely follow."""
     level: list[object] = [values]
+    count = 0
     for _ in range(MAX_DEPTH):
-        level = [child for value in level for child in _children(value)]
+        count += sum(len(value) for value in level if isinstance(value, dict | list))
+        if count > MAX_VALUES:
+            raise VerificationError(f"{source} has more than {MAX_VALUES:,} values. Is it the right file?")
+        level = [child for value in level if isinstance(value, dict | list) for child in _children(value)]
         if not level:
             return
     raise VerificationError(f"{source} nests deeper than {MAX_DEPTH} levels. Is it the right file?")
 
 
-def _children(value: object) -> list[object]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return list(value) if isinstance(value, list) else []
+def _children(value: dict[str, object] | list[object]) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value

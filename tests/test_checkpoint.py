@@ -390,3 +390,21 @@ def test_companions_travel_and_code_does_not(tmp_path: Path) -> None:
     copy_companions(source, target)
 
     assert {path.name: path.read_text() for path in target.iterdir()} == {name: name for name in travels}
+
+
+def test_what_a_release_may_not_hold_is_not_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    settings = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["code.T", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in ("LICENSE", "LICENSE (copy).txt", "LICENSE\u202etxt", "LICENSE:1", "tokenizer.py", "tokenizer.json"):
+        (source / name).write_text("{}")
+
+    copy_companions(source, target)
+
+    copied = {"LICENSE", "LICENSE (copy).txt", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in target.iterdir()} == copied
+    assert json.loads((target / "tokenizer_config.json").read_text()) == {"tokenizer_class": "T"}
+    assert "LICENSE:1" in caplog.text
+    assert "auto_map" in caplog.text

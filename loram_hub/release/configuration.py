@@ -62,7 +62,8 @@ def release_config(
     base_config: Mapping[str, Any], *, quantization_config: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Make the `config.json` of a release from the base model's."""
-    config = {key: value for key, value in base_config.items() if key not in {*REFUSED_KEYS, "_name_or_path"}}
+    left_out = {*REFUSED_KEYS, *_IMPLEMENTATION_KEYS, "_name_or_path"}
+    config = {key: value for key, value in base_config.items() if key not in left_out}
     config["model_type"] = MODEL_TYPE_PREFIX + str(base_config["model_type"])
     config["loram"] = {"format": 1}
     if quantization_config is not None:

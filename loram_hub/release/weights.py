@@ -8,7 +8,7 @@ from pathlib import Path
 from loram_hub.architecture import LAYER_PREFIX, Architecture
 from loram_hub.checkpoint import INDEX_FILE, SINGLE_FILE, index_tensors
 from loram_hub.errors import CheckpointError, PlanMismatchError, VerificationError
-from loram_hub.files import MAX_INDEX_BYTES, read_json
+from loram_hub.files import read_json
 from loram_hub.manifest import Manifest
 from loram_hub.plan import Plan
 from loram_hub.release.contents import is_weights
@@ -16,6 +16,7 @@ from loram_hub.release.nf4 import NF4_PARTS, check_parts, check_states
 from loram_hub.tensors import TensorInfo
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
+_MAX_INDEX_BYTES = 8 * 1024 * 1024
 _CODES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -35,6 +36,10 @@ def check_weights(folder: Path, plan: Plan, manifest: Manifest) -> dict[str, Ten
         VerificationError: a header is damaged, a file is not listed, or a tensor has a type that weights do not have.
         PlanMismatchError: a tensor is not of its planned shape, or has no place in the plan.
     """
+    if INDEX_FILE in manifest.files and manifest.files[INDEX_FILE].size > _MAX_INDEX_BYTES:
+        raise VerificationError(
+            f"{folder / INDEX_FILE} is larger than {_MAX_INDEX_BYTES:,} bytes, for no release's tensors."
+        )
     found = index_tensors(folder)
     _check_weight_files(folder, found, manifest)
     shapes = plan.tensor_shapes()
@@ -77,11 +82,11 @@ def _check_weight_files(folder: Path, found: Mapping[str, TensorInfo], manifest:
         raise VerificationError(f"{folder} has weights in {file}, which its manifest does not list.")
     for file in sorted(listed - used):
         raise VerificationError(f"{folder} has a weight file {file!r} that is no part of its model.")
-    if not (folder / INDEX_FILE).exists():
+    if not (folder / INDEX_FILE).is_file():
         return
     if (folder / SINGLE_FILE).exists():
         raise VerificationError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}; which one counts cannot be told.")
-    weight_map = read_json(folder / INDEX_FILE, max_bytes=MAX_INDEX_BYTES)["weight_map"]
+    weight_map = read_json(folder / INDEX_FILE, max_bytes=_MAX_INDEX_BYTES)["weight_map"]
     for name in sorted(set(found) - set(weight_map)):
         raise VerificationError(
             f"{folder / INDEX_FILE} does not place {name!r:.200}, which {found[name].file.name} holds."

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from trust.adapter_corpus import ADAPTERS
-from trust.alterations import Alteration
+from trust.alterations import Alter, Alteration, data, remove, sealed, write
 from trust.corpus import RELEASES
 from trust.subjects import SUBJECTS, build_subjects
 
+from loram_hub.checkpoint import CONFIG, INDEX_FILE, SINGLE_FILE
 from loram_hub.errors import IncompatibleError, LoramError, VerificationError
 from loram_hub.inspection import verify
+from loram_hub.manifest import MANIFEST
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -125,3 +127,52 @@ def test_the_command_ends_with_the_exit_code_and_no_traceback(subjects: Path, ki
     assert "Traceback" not in run.stderr
     assert "\x1b" not in run.stderr
     assert len(run.stderr.splitlines()) == 1
+
+
+# Parsed, each of these takes many times the memory of its text: JSON of nothing but empty lists, up to what is read.
+EMPTY_LISTS = b'{"a": [' + b"[]," * 4_000_000
+BOMBS: dict[str, Alter] = {
+    "manifest": data(MANIFEST, lambda _: EMPTY_LISTS[: 8 * 2**20 - 4] + b"0]}"),
+    "config": sealed(data(CONFIG, lambda _: EMPTY_LISTS[: 8 * 2**20 - 4] + b"0]}")),
+    "tokenizer's config": sealed(data("tokenizer_config.json", lambda _: EMPTY_LISTS[: 8 * 2**20 - 4] + b"0]}")),
+    "index": sealed(remove(SINGLE_FILE), write(INDEX_FILE, EMPTY_LISTS[:8_388_001] + b"0]}")),
+    "header": sealed(
+        write(SINGLE_FILE, (8_388_004).to_bytes(8, "little") + EMPTY_LISTS[:8_388_001] + b"0]}" + b"\0" * 8)
+    ),
+    "keys": sealed(
+        data(CONFIG, lambda _: b"{" + b"".join(b'"%d":0,' % number for number in range(700_000)) + b'"1":0,"1":0}')
+    ),
+}
+LOWEST = """
+import sys, time
+from pathlib import Path
+from loram_hub.errors import LoramError
+from loram_hub.release import verify
+start = time.monotonic()
+try:
+    verify(Path(sys.argv[1]))
+except LoramError as err:
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(int(peak.split()[1]) * 1024, time.monotonic() - start)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from Linux")
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_bombs_cost_little_memory_and_time(subjects: Path, bomb: str, tmp_path: Path) -> None:
+    folder = tmp_path / "altered"
+    shutil.copytree(subjects / "bf16", folder)
+    BOMBS[bomb](folder)
+
+    run = subprocess.run(
+        [sys.executable, "-c", LOWEST, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+    peak, seconds = map(float, run.stdout.split())
+    assert peak < 300e6
+    assert seconds < 20
