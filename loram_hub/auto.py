@@ -29,8 +29,7 @@ from loram_hub.checkpoint import CONFIG, INDEX_FILE, weight_files
 from loram_hub.errors import InvalidRequestError
 from loram_hub.files import dump_json
 from loram_hub.hub import fetch_release
-from loram_hub.manifest import Manifest
-from loram_hub.quantization import NF4_DESCRIPTION
+from loram_hub.manifest import NF4_DESCRIPTION, Manifest
 from loram_hub.release import MASK_INDEX, Release, base_config_of, release_config, seal_release
 
 logger = logging.getLogger(__name__)

@@ -21,37 +21,9 @@ from loram_hub.checkpoint import Checkpoint, ShardWriter, copy_companions
 from loram_hub.errors import InvalidRequestError
 from loram_hub.files import refuse_existing, refuse_overlap
 from loram_hub.hub import fetch_release
-from loram_hub.manifest import Manifest
+from loram_hub.manifest import NF4_DESCRIPTION, Manifest
 from loram_hub.plan import NF4_BLOCK, parameter_counts
-from loram_hub.release import Release, base_config_of, open_release, release_config, write_release
-
-NF4_DESCRIPTION: Mapping[str, Any] = {"type": "nf4", "block": NF4_BLOCK, "double_quant": True}
-"""What the manifest says of an NF4 release."""
-
-
-def bitsandbytes_config(dtype: str) -> dict[str, Any]:
-    """Return the `quantization_config` of an NF4 release, in the keys that transformers writes.
-
-    Args:
-        dtype: 16-bit type of the unquantized weights, `bfloat16` or `float16`; the loader picks what the device
-        computes in.
-    """
-    return {
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None,
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "quant_method": "bitsandbytes",
-    }
-
+from loram_hub.release import Release, base_config_of, bitsandbytes_config, open_release, release_config, write_release
 
 def sixteen_bit(checkpoint: Checkpoint, architecture: Architecture) -> torch.dtype:
     """Type that an NF4 release of this checkpoint stores the rest in: fp16 if the projections are, else bf16."""

@@ -19,7 +19,7 @@ pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("taylor_memory", "prune_stream", "recover_70b", "load_release")
+SCRIPTS = ("taylor_memory", "prune_stream", "recover_70b", "load_release", "verify_speed")
 
 pytestmark = pytest.mark.slow
 
