@@ -25,6 +25,7 @@ from loram_hub.manifest import NF4_DESCRIPTION, Manifest
 from loram_hub.plan import NF4_BLOCK, parameter_counts
 from loram_hub.release import Release, base_config_of, bitsandbytes_config, open_release, release_config, write_release
 
+
 def sixteen_bit(checkpoint: Checkpoint, architecture: Architecture) -> torch.dtype:
     """Type that an NF4 release of this checkpoint stores the rest in: fp16 if the projections are, else bf16."""
     projections = {info.dtype for name, info in checkpoint.tensors.items() if _is_projection(architecture, name)}

@@ -21,7 +21,8 @@ from loram_hub.release import open_metadata
 FETCH = """
 from loram_hub.hub import fetch_release
 source, release = fetch_release(sys.argv[1], revision=sys.argv[2] if len(sys.argv) > 2 else None)
-print(json.dumps({"folder": str(source.folder), "commit": source.commit, "ratio": release.manifest.pruning.pruning_ratio}))
+ratio = release.manifest.pruning.pruning_ratio
+print(json.dumps({"folder": str(source.folder), "commit": source.commit, "ratio": ratio}))
 """
 WEIGHTS = "model.safetensors"
 
