@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -22,14 +23,25 @@ from huggingface_hub import constants
 from loram_hub.adapter import CONFIG as ADAPTER_CONFIG
 from loram_hub.adapter import RECORD, WEIGHTS, check_adapter, refuse_pruned
 from loram_hub.architecture import architecture_of
-from loram_hub.cards import make_card
+from loram_hub.cards import GENERATED, make_card
 from loram_hub.digests import remembered_sha256
 from loram_hub.errors import AccessError, CheckpointError, InvalidRequestError, LoramError
 from loram_hub.files import read_json
-from loram_hub.hub import Gate, RemoteRepository, UploadFile, look_up, publish_files, resolve, resolve_config
+from loram_hub.hub import (
+    Gate,
+    RemoteFile,
+    RemoteRepository,
+    UploadFile,
+    is_fetched,
+    look_up,
+    publish_files,
+    resolve,
+    resolve_config,
+    why_not_writable,
+)
 from loram_hub.licences import Duty, Licence, duties, licence_of, notice_file
 from loram_hub.manifest import MANIFEST
-from loram_hub.release import verify
+from loram_hub.release import MASK_INDEX, verify
 from loram_hub.tensors import sha256_of_finite
 
 logger = logging.getLogger(__name__)
@@ -43,6 +55,8 @@ ALLOWED = (
 _NEVER = ("trainer_state.json", "optimizer*", "scheduler*", "rng_state*", "training_args*", "*.bin", "*.pt", "*.py")
 _CARD = "README.md"
 _LICENCE_TEXTS = ("LICENSE*", "NOTICE*", "Notice*", "USE_POLICY*")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+_TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 _COMPANIONS_OF_ADAPTERS = (_CARD, *_LICENCE_TEXTS, "pictures/*.png", ".eval_results/*.yaml")
 
 
@@ -71,7 +85,7 @@ class Pushed:
     left_out: tuple[str, ...]
     """Files of the folder that are not pushed."""
     deleted: tuple[str, ...]
-    """Files of an earlier push that go."""
+    """Files on the Hub that go: those of an earlier push, with `overwrite` also others that loaders would open."""
     licence: str
     """The Hub's identifier."""
     duties: tuple[Duty, ...]
@@ -82,6 +96,8 @@ class Pushed:
     collection: str | None
     notes: tuple[str, ...]
     """What was decided on the way, and why."""
+    problems: tuple[str, ...]
+    """What stops the push; always empty but in a dry run."""
 
     @property
     def nbytes(self) -> int:
@@ -122,27 +138,29 @@ def push(
     tag: str | None = None,
     collection: str | None = None,
     message: str | None = None,
+    overwrite: bool = False,
     token: str | bool | None = None,
     dry_run: bool = False,
 ) -> Pushed:
     """Publish a release on the Hub: uploaded aside, compared there, then made visible in one commit.
 
-    A push that was interrupted is completed by running it again. A card is generated where the folder and the
-    repository have none.
+    A push that was interrupted is completed by running it again. A folder without README.md gets a generated card; one
+    that was edited on the Hub stays as long as the same release is pushed.
 
     Args:
         release: folder of the release.
         repo_id: `org/name` on the Hub; created if there is none.
-        private: visibility in the end. None: as the repository is; a new one is public, unless its base is gated or
-            unknown to the Hub.
+        private: visibility in the end. None: as the repository is; a new one is public, unless its base is gated,
+            private or unknown to the Hub. What is to be private is hidden before anything is uploaded.
         gated: how access is granted. None: as the repository is, but like its base at least: `auto` if that is gated.
         license: the Hub's identifier of the base's licence; None for the one that the base's card or name tells.
         evaluation: what `loram eval --json` printed, file or values, for the card.
         tag: tag for the commit, such as `v1`.
         collection: slug of a collection, or the title of one in the same namespace, created if there is none.
         message: title of the commit.
+        overwrite: delete files in the repository that no earlier push put there and that loaders would open.
         token: of the Hub, with the right to write.
-        dry_run: check everything and say what would be pushed, without changing anything on the Hub.
+        dry_run: check everything and say what would be pushed, and what would stop it, without changing anything.
 
     Returns:
         What was pushed.
@@ -159,7 +177,7 @@ def push(
     content = _release_content(Path(release).expanduser())
     request = _Request(
         repo_id=repo_id, private=private, gated=gated, licence=license, evaluation=evaluation, tag=tag,
-        collection=collection, message=message, token=token,
+        collection=collection, message=message, overwrite=overwrite, token=token,
     )  # fmt: skip
     return _push(content, request, dry_run=dry_run)
 
@@ -175,6 +193,7 @@ def push_adapter(
     tag: str | None = None,
     collection: str | None = None,
     message: str | None = None,
+    overwrite: bool = False,
     token: str | bool | None = None,
     dry_run: bool = False,
 ) -> Pushed:
@@ -187,7 +206,7 @@ def push_adapter(
     """
     request = _Request(
         repo_id=repo_id, private=private, gated=gated, licence=license, evaluation=evaluation, tag=tag,
-        collection=collection, message=message, token=token,
+        collection=collection, message=message, overwrite=overwrite, token=token,
     )  # fmt: skip
     return _push(_adapter_content(Path(adapter).expanduser(), token), request, dry_run=dry_run)
 
@@ -204,16 +223,22 @@ class _Request:
     tag: str | None
     collection: str | None
     message: str | None
+    overwrite: bool
     token: str | bool | None
 
 
 def _push(content: _Content, request: _Request, *, dry_run: bool) -> Pushed:
-    base, existing, notes = _ask_hub(content, request, dry_run=dry_run)
-    licence = licence_of(content.base_id, declared=request.licence or (base.licence if base else None))
-    documents = _documents(content, request, base)
-    files = content.files | _with_card(content, request, licence, documents)
-    private, gated = _visibility(request, base, existing, content, notes)
-    held = {} if existing is None else existing.files
+    _check_names(request)
+    facts = _ask_hub(content, request, dry_run=dry_run)
+    documents = _documents(content, request, facts.base)
+    texts = _texts(content.files | documents)
+    on_card = facts.base.licence if facts.base else None
+    licence = licence_of(content.base_id, declared=request.licence, on_card=on_card, documents=texts)
+    kept = _kept_card(content, request, facts.target)
+    files = content.files | _with_card(content, request, licence, documents | kept)
+    private, gated = _visibility(request, facts, content)
+    held = facts.held
+    deleted, foreign = _leftovers(request, facts, files, keeps_card=bool(kept))
     planned = Pushed(
         repo_id=request.repo_id,
         url=f"{constants.ENDPOINT}/{request.repo_id}",
@@ -225,19 +250,24 @@ def _push(content: _Content, request: _Request, *, dry_run: bool) -> Pushed:
             for name, file in sorted(files.items())
         ),
         left_out=content.left_out,
-        deleted=tuple(sorted(name for name in held if name not in files and _is_outdated(name))),
+        deleted=deleted,
         licence=licence.id,
         duties=_licence_duties(licence, request, files),
         private=private,
         gated=gated,
         tag=request.tag,
         collection=request.collection,
-        notes=tuple(notes),
+        notes=tuple(facts.notes),
+        problems=(),
     )
+    planned = replace(planned, problems=tuple(_problems(planned, content, facts, files, foreign, request.token)))
     if dry_run:
         return planned
-    _refuse_unmet(planned)
-    for note in notes:
+    if facts.refusal is not None:
+        raise AccessError(f"{request.repo_id} cannot be written to: {facts.refusal}.")
+    if planned.problems:
+        raise InvalidRequestError(f"Nothing was pushed to {request.repo_id}. {' '.join(planned.problems)}")
+    for note in planned.notes:
         logger.info("%s", note)
     published = publish_files(
         [files[name] for name in sorted(files)],
@@ -245,12 +275,22 @@ def _push(content: _Content, request: _Request, *, dry_run: bool) -> Pushed:
         message=request.message or content.message,
         private=private,
         gated=gated,
-        outdated=_is_outdated,
+        seen=facts.target,
+        delete=deleted,
         tag=request.tag,
         collection=request.collection,
         token=request.token,
     )
     return replace(planned, commit=published.commit)
+
+
+def _check_names(request: _Request) -> None:
+    if _REPO_ID.fullmatch(request.repo_id) is None:
+        raise InvalidRequestError(f"{request.repo_id!r:.200} is no Hub id; give one as org/name.")
+    if request.tag is not None and (_TAG.fullmatch(request.tag) is None or request.tag == "main"):
+        raise InvalidRequestError(f"{request.tag!r:.200} is no name for a tag; something like v1 or 2026-11 is.")
+    if request.collection is not None and not request.collection.strip():
+        raise InvalidRequestError("The collection has no name. Give its slug, or a title.")
 
 
 def _release_content(folder: Path) -> _Content:
@@ -332,12 +372,6 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(pattern.count("/") == name.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _is_outdated(name: str) -> bool:
-    """Whether a file on the Hub that is not pushed belonged to an earlier push; notebooks and the like stay."""
-    loaded = (".json", ".safetensors", ".bin", ".pt", ".pth", ".py", ".jinja", ".model", ".gguf")
-    return name.endswith(loaded) or _may_be_pushed(name)
-
-
 def _local(folder: Path, name: str) -> UploadFile:
     path = folder / name
     return UploadFile(name=name, content=path, size=path.stat().st_size, sha256=remembered_sha256(path))
@@ -347,21 +381,100 @@ def _generated(name: str, data: bytes) -> UploadFile:
     return UploadFile(name=name, content=data, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def _ask_hub(
-    content: _Content, request: _Request, *, dry_run: bool
-) -> tuple[RemoteRepository | None, RemoteRepository | None, list[str]]:
-    """Look up base and repository; a dry run does without an answer, and says so.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Facts:
+    """What the Hub says beforehand."""
 
-    Returns:
-        Base and repository, each None if the Hub shows nothing under the name, and notes for the user.
-    """
+    base: RemoteRepository | None = None
+    target: RemoteRepository | None = None
+    refusal: str | None = None
+    """Why this token may not write; None if it may, as far as is known."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def held(self) -> Mapping[str, RemoteFile]:
+        """Files on `main` of the repository that is pushed to."""
+        return {} if self.target is None else self.target.files
+
+
+def _ask_hub(content: _Content, request: _Request, *, dry_run: bool) -> _Facts:
+    """Look up base and repository; a dry run does without an answer, and says so."""
     try:
-        base = look_up(content.base_id, token=request.token) if "/" in content.base_id else None
-        return base, look_up(request.repo_id, token=request.token), []
+        return _Facts(
+            base=look_up(content.base_id, token=request.token) if "/" in content.base_id else None,
+            target=look_up(request.repo_id, refs=True, token=request.token),
+            refusal=why_not_writable(request.repo_id, token=request.token),
+        )
     except AccessError as err:
         if not dry_run:
             raise
-        return None, None, [f"The Hub was not asked about {content.base_id} and {request.repo_id}: {err}"]
+        return _Facts(notes=[f"The Hub was not asked about {content.base_id} and {request.repo_id}: {err}"])
+
+
+def _problems(
+    planned: Pushed,
+    content: _Content,
+    facts: _Facts,
+    files: Mapping[str, UploadFile],
+    foreign: tuple[str, ...],
+    token: str | bool | None,
+) -> Iterator[str]:
+    """Say everything that stops a push, each with what to do."""
+    if facts.refusal is not None:
+        yield f"It cannot be written to: {facts.refusal}."
+    unmet = [duty for duty in planned.duties if not duty.met]
+    if unmet:
+        listed = " ".join(f"({number}) {duty.what}: {duty.how}" for number, duty in enumerate(unmet, start=1))
+        yield f"It does not meet the licence of {planned.base_id} ({planned.licence}). Missing: {listed}"
+    others = MASK_INDEX if content.kind != "release" else WEIGHTS
+    if others in facts.held:
+        kind = "an adapter" if content.kind == "release" else "a release"
+        yield f"The repository holds {kind}; choose another name."
+    if foreign:
+        yield (
+            f"The repository holds {', '.join(foreign[:5])}, which no earlier push put there and which loaders would "
+            "open. Choose another repository, or delete them by overwrite=True (--overwrite)."
+        )
+    taken = None if facts.target is None or planned.tag is None else facts.target.tags.get(planned.tag)
+    if taken is not None:
+        tagged = look_up(planned.repo_id, revision=taken, token=token)
+        if tagged is None or not all(file.is_stored_as(tagged.files.get(name)) for name, file in files.items()):
+            yield f"The tag {planned.tag} is on commit {taken[:12]}, which holds other files. Choose another."
+
+
+def _leftovers(
+    request: _Request, facts: _Facts, files: Mapping[str, UploadFile], *, keeps_card: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Divide what else is on `main`: files of an earlier push, which go, and others that loaders would open."""
+    rest = sorted(set(facts.held) - set(files))
+    earlier = _earlier_files(request, facts.target) if rest else set()
+    own = tuple(name for name in rest if name in earlier or (name in GENERATED and not keeps_card))
+    opened = tuple(name for name in rest if name not in own and is_fetched(name))
+    return (tuple(sorted({*own, *opened})), ()) if request.overwrite else (own, opened)
+
+
+def _kept_card(content: _Content, request: _Request, target: RemoteRepository | None) -> dict[str, UploadFile]:
+    """Return the card on the Hub if it stays: of the same release, where neither folder nor evaluation give another."""
+    mark = MANIFEST if content.kind == "release" else WEIGHTS
+    if target is None or _CARD in content.files or request.evaluation is not None or _CARD not in target.files:
+        return {}
+    if not content.files[mark].is_stored_as(target.files.get(mark)):
+        return {}
+    source = resolve(request.repo_id, revision=target.commit, token=request.token, files=(_CARD,))
+    return {_CARD: _local(source.folder, _CARD)}
+
+
+def _earlier_files(request: _Request, target: RemoteRepository | None) -> set[str]:
+    """Return what the manifest or record of an earlier push lists."""
+    if target is None or MANIFEST not in target.files:
+        return set()
+    try:
+        folder = resolve(request.repo_id, revision=target.commit, token=request.token, files=(MANIFEST,)).folder
+        listed = read_json(folder / MANIFEST).get("files")
+    except LoramError as err:
+        logger.warning("The manifest of the earlier push cannot be read: %s", err)
+        return set()
+    return {MANIFEST, *listed} if isinstance(listed, dict) else {MANIFEST}
 
 
 def _documents(content: _Content, request: _Request, base: RemoteRepository | None) -> dict[str, UploadFile]:
@@ -385,7 +498,7 @@ def _with_card(
     notice = notice_file(licence, _texts(content.files | added))
     if notice is not None:
         added[notice[0]] = _generated(notice[0], notice[1].encode())
-    if _CARD not in content.files:
+    if _CARD not in content.files | added:
         measured = request.evaluation
         values = read_json(Path(measured)) if isinstance(measured, str | os.PathLike) else measured
         card = make_card(
@@ -413,37 +526,25 @@ def _licence_duties(licence: Licence, request: _Request, files: Mapping[str, Upl
     return duties(licence, repo_name=request.repo_id, documents=_texts(files), card=card)
 
 
-def _refuse_unmet(planned: Pushed) -> None:
-    unmet = [duty for duty in planned.duties if not duty.met]
-    if unmet:
-        listed = " ".join(f"({number}) {duty.what}: {duty.how}" for number, duty in enumerate(unmet, start=1))
-        raise InvalidRequestError(
-            f"{planned.repo_id} does not meet the licence of {planned.base_id} ({planned.licence}); nothing was "
-            f"pushed. Missing: {listed}"
-        )
-
-
-def _visibility(
-    request: _Request,
-    base: RemoteRepository | None,
-    existing: RemoteRepository | None,
-    content: _Content,
-    notes: list[str],
-) -> tuple[bool, Gate]:
-    """Choose what the repository shall be in the end; why goes to `notes`."""
+def _visibility(request: _Request, facts: _Facts, content: _Content) -> tuple[bool, Gate]:
+    """Choose what the repository shall be in the end; why goes to the notes."""
+    base, target, notes = facts.base, facts.target, facts.notes
+    is_new = target is None or target.is_unfinished
     mark = MANIFEST if content.kind == "release" else WEIGHTS
-    published = existing if existing is not None and mark in existing.files else None
     private, gated = request.private, request.gated
     if gated is None:
-        gated = published.gated if published else False
+        gated = False if target is None else target.gated
         if base is not None and base.gated and not gated:
             gated = "auto"
             notes.append(f"{content.base_id} is gated, so {request.repo_id} will be, too (gated='auto').")
-    if private is None and published is not None:
-        private = published.private
+    if private is None and target is not None and (mark in target.files or target.private) and not is_new:
+        private = target.private
+        if private and mark not in target.files:
+            notes.append(f"{request.repo_id} exists and is private; it stays so (private=False shows it).")
     if private is None:
-        private = base is None or base.private or bool(base.gated)
+        restricted = base is not None and (base.private or bool(base.gated))
+        private = restricted or (base is None and is_new)
         if private:
             why = "is not on the Hub, or hidden" if base is None else "is private" if base.private else "is gated"
-            notes.append(f"{content.base_id} {why}, so {request.repo_id} stays private; private=False shows it.")
+            notes.append(f"{content.base_id} {why}, so {request.repo_id} will be private (private=False shows it).")
     return private, gated

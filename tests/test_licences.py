@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from builders import random_plan, save_metadata_release, tiny_architecture, tiny_config
 
+from loram_hub.cards import make_card
 from loram_hub.errors import InvalidRequestError
 from loram_hub.licences import (
     CHANGES,
@@ -87,6 +90,208 @@ def test_a_binding_licence_cannot_be_declared_away() -> None:
 
     assert licence_of("meta-llama/Llama-3.1-8B", declared="llama3.1").id == "llama3.1"
     assert licence_of("Qwen/Qwen3-8B", declared="mit").id == "mit", "a permissive licence is only what is assumed"
+
+
+LLAMA_TEXT = """\
+LLAMA 3.1 COMMUNITY LICENSE AGREEMENT
+Llama 3.1 Version Release Date: July 23, 2024
+
+"Agreement" means the terms and conditions for use, reproduction, distribution and modification of the Llama Materials.
+"""
+APACHE_TEXT = """\
+                                 Apache License
+                           Version 2.0, January 2004
+                        http://www.apache.org/licenses/
+"""
+MIT_TEXT = """\
+MIT License
+
+Copyright (c) 2024 Someone
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software
+"""
+
+# Everything that can point to a licence that binds, and how the refusal names it.
+POINTERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "owner": ("meta-llama/Llama-3.1-8B", {}, "its owner publishes it"),
+    "name": ("alice/Llama-3.1-8B", {}, "it is named like a model"),
+    "name of a folder": ("Llama-3.1-8B", {}, "it is named like a model"),
+    "card": ("alice/renamed-base", {"on_card": "llama3.1"}, "its card declares"),
+    "card in capitals": ("alice/renamed-base", {"on_card": " Llama3.1 "}, "its card declares"),
+    "text": ("alice/renamed-base", {"documents": {"LICENSE": LLAMA_TEXT}}, "its licence file 'LICENSE' holds the text"),
+    "text in Markdown": (
+        "alice/renamed-base",
+        {"documents": {"license.md": "# **Llama 3.1** Community\nLicense Agreement"}},
+        "its licence file 'license.md' holds",
+    ),
+    "text beside another": (
+        "alice/renamed-base",
+        {"documents": {"LICENSE": APACHE_TEXT, "LICENSE-MODEL": LLAMA_TEXT}},
+        "its licence file 'LICENSE-MODEL' holds",
+    ),
+    "text of a base whose card says less": (
+        "alice/renamed-base",
+        {"on_card": "mit", "documents": {"LICENSE": LLAMA_TEXT}},
+        "its licence file 'LICENSE' holds",
+    ),
+    "text of a base whose owner's models are free": (
+        "mistralai/Mistral-7B-v0.3",
+        {"documents": {"LICENSE": LLAMA_TEXT}},
+        "its licence file 'LICENSE' holds",
+    ),
+}
+
+
+@pytest.mark.parametrize("declared", ["cc0-1.0", "apache-2.0", "gemma", "llama3", "my-licence-1.0", "other"])
+@pytest.mark.parametrize("pointer", POINTERS)
+def test_nothing_else_can_be_declared_where_something_points_to_a_licence_that_binds(
+    pointer: str, declared: str
+) -> None:
+    base, evidence, says = POINTERS[pointer]
+
+    with pytest.raises(InvalidRequestError, match="cannot leave") as refused:
+        licence_of(base, declared=declared, **evidence)
+
+    for part in (base, repr(declared), says, "Llama 3.1 Community License (llama3.1)", "license='llama3.1'"):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("pointer", POINTERS)
+def test_the_licence_that_binds_can_always_be_declared(pointer: str) -> None:
+    base, evidence, _ = POINTERS[pointer]
+
+    assert licence_of(base, declared="Llama3.1", **evidence) is BY_ID["llama3.1"]
+
+
+@pytest.mark.parametrize(
+    "pointer", [name for name, (_, evidence, _) in POINTERS.items() if evidence.get("on_card") != "mit"]
+)
+def test_what_points_to_a_licence_that_binds_is_enough(pointer: str) -> None:
+    base, evidence, _ = POINTERS[pointer]
+
+    assert licence_of(base, **evidence) is BY_ID["llama3.1"]
+
+
+@pytest.mark.parametrize("licence", [licence for licence in LICENCES if licence.binds], ids=lambda licence: licence.id)
+def test_every_licence_that_binds_is_known_by_its_text_and_by_its_id_on_a_card(licence: Licence) -> None:
+    documents = {"LICENSE": f"{licence.text_holds}\n\nBy using the model you agree."}
+
+    assert licence_of("alice/base", documents=documents) is licence
+    assert licence_of("alice/base", on_card=licence.id) is licence
+    for evidence in ({"documents": documents}, {"on_card": licence.id}):
+        with pytest.raises(InvalidRequestError, match="cannot leave"):
+            licence_of("alice/base", declared="mit", **evidence)
+
+
+@pytest.mark.parametrize(
+    ("base", "evidence", "says"),
+    [
+        ("meta-llama/Llama-3.1-8B", {}, "its owner publishes it"),
+        ("alice/Llama-3.1-8B", {}, "it is named like a model"),
+        ("alice/renamed-base", {"documents": {"LICENSE": LLAMA_TEXT}}, "its licence file 'LICENSE' holds"),
+    ],
+)
+def test_a_card_that_says_less_than_the_rest_leaves_the_word_to_the_user(
+    base: str, evidence: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=r"The card of .* 'mit', but .*license='llama3\.1'") as refused:
+        licence_of(base, on_card="mit", **evidence)
+
+    assert says in str(refused.value)
+    assert licence_of(base, on_card="mit", declared="llama3.1", **evidence).id == "llama3.1"
+
+
+def test_of_several_licences_that_bind_owner_card_text_and_name_have_the_word_in_this_order() -> None:
+    text = {"LICENSE": "Gemma Terms of Use"}
+
+    assert licence_of("alice/Llama-3.1-8B").id == "llama3.1"
+    assert licence_of("alice/Llama-3.1-8B", documents=text).id == "gemma"
+    assert licence_of("alice/Llama-3.1-8B", documents=text, on_card="llama2").id == "llama2"
+    assert licence_of("meta-llama/Llama-3.1-8B", documents=text).id == "llama3.1"
+    with pytest.raises(InvalidRequestError, match="owner publishes"):
+        licence_of("meta-llama/Llama-3.1-8B", documents=text, on_card="llama2")
+    with pytest.raises(InvalidRequestError, match="its card declares the Llama 2"):
+        licence_of("alice/Llama-3.1-8B", on_card="llama2", declared="llama3.1")
+
+
+def test_of_two_texts_that_bind_either_can_be_declared_and_nothing_else() -> None:
+    documents = {"LICENSE-GEMMA": "Gemma Terms of Use", "LICENSE-LLAMA": LLAMA_TEXT}
+
+    assert licence_of("alice/merged", declared="llama3.1", documents=documents).id == "llama3.1"
+    assert licence_of("alice/merged", declared="gemma", documents=documents).id == "gemma"
+    with pytest.raises(InvalidRequestError, match=r"license='gemma' or 'llama3\.1'"):
+        licence_of("alice/merged", declared="mit", documents=documents)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "licence"),
+    [
+        ("alice/nothing-special", {"documents": {"LICENSE": APACHE_TEXT}}, "apache-2.0"),
+        ("alice/nothing-special", {"documents": {"LICENSE": APACHE_TEXT}, "declared": "apache-2.0"}, "apache-2.0"),
+        ("alice/nothing-special", {"documents": {"LICENSE": MIT_TEXT}, "on_card": "mit"}, "mit"),
+        ("alice/nothing-special", {"documents": {"LICENSE": MIT_TEXT}, "on_card": "mit", "declared": "mit"}, "mit"),
+        ("alice/nothing-special", {"documents": {"LICENSE.md": "# The MIT License (MIT)"}}, "mit"),
+        ("alice/nothing-special", {"on_card": "mit", "declared": "cc-by-4.0"}, "cc-by-4.0"),
+        ("alice/nothing-special", {"on_card": "apache-2.0", "declared": "llama3.1"}, "llama3.1"),
+        ("alice/nothing-special", {"on_card": "cc-by-nc-4.0"}, "cc-by-nc-4.0"),
+        ("alice/nothing-special", {"on_card": "mit", "documents": {"README.md": LLAMA_TEXT}}, "mit"),
+        ("alice/gemma-4-31B", {"on_card": "apache-2.0", "documents": {"LICENSE": APACHE_TEXT}}, "apache-2.0"),
+        ("alice/not-Llama-3.1-8B", {"on_card": "mit"}, "mit"),
+        ("Qwen/Qwen3-8B", {"on_card": "apache-2.0", "documents": {"LICENSE": APACHE_TEXT}}, "apache-2.0"),
+        ("google/gemma-2-9b", {"on_card": "gemma", "documents": {}}, "gemma"),
+    ],
+)
+def test_a_base_that_nothing_binds_raises_no_false_alarm(base: str, options: dict[str, Any], licence: str) -> None:
+    assert licence_of(base, **options).id == licence
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        {"LICENSE": "Modified MIT License\n\nPermission is hereby granted, free of charge, to any person"},
+        {"LICENSE": "Some Model License\n\nIt is based on the Apache License, with additional terms."},
+        {"LICENSE": "Some Model License", "LICENSE-CODE": APACHE_TEXT},
+        {"LICENSE": ""},
+    ],
+)
+def test_a_text_that_only_resembles_a_free_licence_tells_none(documents: dict[str, str]) -> None:
+    with pytest.raises(InvalidRequestError, match="not known here"):
+        licence_of("alice/nothing-special", documents=documents)
+
+
+@pytest.mark.parametrize("base", ["meta-llama/Llama-3.1-8B", "alice/renamed-base"])
+def test_a_card_is_not_made_for_another_licence_than_the_one_that_lies_in_the_folder(tmp_path: Path, base: str) -> None:
+    plan = random_plan(tiny_architecture())
+    folder = save_metadata_release(tmp_path / "release", tiny_config(), plan, base_id=base)
+    (folder / "LICENSE").write_text(LLAMA_TEXT)
+
+    with pytest.raises(InvalidRequestError, match=r"'cc0-1\.0'.*Llama 3\.1 Community License"):
+        make_card(folder, license="cc0-1.0")
+    assert "license: llama3.1\n" in make_card(folder).text
+
+
+def test_a_card_is_not_made_for_another_licence_than_the_one_that_will_be_published_with_it(tmp_path: Path) -> None:
+    plan = random_plan(tiny_architecture())
+    folder = save_metadata_release(tmp_path / "release", tiny_config(), plan, base_id="alice/renamed-base")
+
+    with pytest.raises(InvalidRequestError, match=r"'cc0-1\.0'.*Llama 3\.1 Community License"):
+        make_card(folder, license="cc0-1.0", documents={"LICENSE": LLAMA_TEXT})
+    assert "license: cc0-1.0\n" in make_card(folder, license="cc0-1.0").text
+
+
+def test_a_text_that_nothing_is_known_of_is_not_called_a_copy_of_the_licence() -> None:
+    unknown, known = licence_of("org/base", declared="cc0-1.0"), BY_ID["mit"]
+
+    (text, _), (copy, _) = (
+        duties(licence, repo_name="org/x", documents={"LICENSE": MIT_TEXT}, card="") for licence in (unknown, known)
+    )
+    (missing, _) = duties(unknown, repo_name="org/x", documents={"LICENSE": " "}, card="")
+
+    assert text.met
+    assert text.what == "a licence file travels along (its text was not compared)"
+    assert copy.met
+    assert copy.what == "a copy of the MIT License travels along"
+    assert not missing.met
 
 
 def test_a_declared_licence_that_is_not_known_here_asks_for_its_text_alone() -> None:

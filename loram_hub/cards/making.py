@@ -11,7 +11,7 @@ from loram_hub.cards.adapters import adapter_card, read_facts
 from loram_hub.cards.folders import Card
 from loram_hub.cards.releases import release_card
 from loram_hub.errors import CheckpointError
-from loram_hub.licences import licence_of
+from loram_hub.licences import Licence, licence_documents, licence_of
 from loram_hub.release import is_release, open_metadata
 
 
@@ -39,16 +39,21 @@ def make_card(
         CheckpointError: the folder is neither.
         VerificationError: a file is torn or altered.
         UnsupportedAdapterError: the adapter fits a pruned model and was not recovered yet.
-        InvalidRequestError: no licence can be told, `repo_id` is no Hub id, or the evaluation is of another model.
+        InvalidRequestError: no licence can be told, `license` would replace one that binds, `repo_id` is no Hub id, or
+            the evaluation is of another model.
         MissingDependencyError: jinja2 or matplotlib is not installed.
     """
     path = Path(folder).expanduser()
     if is_release(path):
         release = open_metadata(path)
-        licence = licence_of(release.manifest.base.id, declared=license)
+        licence = _licence(path, release.manifest.base.id, license, documents)
         return release_card(release, repo_id=repo_id, licence=licence, evaluation=evaluation, documents=documents)
     if (path / ADAPTER_CONFIG).is_file():
         adapter = read_facts(path)
-        licence = licence_of(adapter.base_id, declared=license)
+        licence = _licence(path, adapter.base_id, license, documents)
         return adapter_card(adapter, repo_id=repo_id, licence=licence, evaluation=evaluation, documents=documents)
     raise CheckpointError(f"{path} is neither a release nor an adapter: there is nothing to write a card for.")
+
+
+def _licence(folder: Path, base_id: str, declared: str | None, documents: Mapping[str, str] | None) -> Licence:
+    return licence_of(base_id, declared=declared, documents={**licence_documents(folder), **(documents or {})})

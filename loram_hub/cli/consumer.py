@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,19 +129,24 @@ def doctor(adapter: str, fix_into: Path | None, overwrite: bool, as_json: bool, 
 
 
 def _print_diagnosis(diagnosis: Diagnosis, fixed: FixedAdapter | None) -> None:
+    for line in _diagnosis_lines(diagnosis, fixed):
+        # An adapter is a stranger's text: shown as it is, it could move the cursor and hide what the doctor says.
+        click.echo("".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line))
+
+
+def _diagnosis_lines(diagnosis: Diagnosis, fixed: FixedAdapter | None) -> Iterator[str]:
     for change in fixed.changes if fixed is not None else ():
-        click.echo(f"fixed: {change}")
+        yield f"fixed: {change}"
     for finding in diagnosis.findings:
-        click.echo(f"{finding.severity}: {finding.what}")
-        click.echo(f"  {finding.why} ({finding.source})")
-        click.echo(f"  {finding.remedy}")
+        yield f"{finding.severity}: {finding.what}"
+        yield f"  {finding.why} ({finding.source})"
+        yield f"  {finding.remedy}"
     for phrase in diagnosis.not_checked:
-        click.echo(f"not checked: {phrase}")
+        yield f"not checked: {phrase}"
     for note in diagnosis.notes:
-        click.echo(f"note: {note}")
-    click.echo(f"{diagnosis.target}: {diagnosis.verdict}")
-    for line in diagnosis.command or ():
-        click.echo(line)
+        yield f"note: {note}"
+    yield f"{diagnosis.target}: {diagnosis.verdict}"
+    yield from diagnosis.command or ()
 
 
 @main.command(epilog="Example: loram merge meta-llama/Llama-3.1-70B my-adapter merged")

@@ -29,7 +29,11 @@ class _LoramGroup(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
-            _fail("Interrupted; nothing half-written was left.", EXIT_INTERRUPTED, "Interrupted")
+            _fail(
+                "Interrupted. Nothing half-written was left here; a push goes on where it was when it is run again.",
+                EXIT_INTERRUPTED,
+                "Interrupted",
+            )
         except LoramError as err:
             _fail(str(err), err.exit_code, type(err).__name__, reraise=err)
         except MemoryError as err:

@@ -32,7 +32,7 @@ json_option = click.option(
 )
 hub_options = _options(
     click.option("--revision", help="Branch, tag or commit of a Hub id."),
-    click.option("--token", envvar="HF_TOKEN", help="Hub token; by default the one you are logged in with."),
+    click.option("--token", help="Hub token; by default HF_TOKEN, or the one you are logged in with."),
 )
 write_options = _options(
     click.option(

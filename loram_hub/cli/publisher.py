@@ -18,6 +18,7 @@ from loram_hub.cli.options import (
     write_options,
 )
 from loram_hub.cli.output import print_counts, print_json, print_release, print_result, print_table, size_text, suggest
+from loram_hub.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from loram_hub.pushing import Pushed
@@ -132,7 +133,10 @@ def card(folder: Path, evaluation: Path | None, dry_run: bool, as_json: bool, **
 @click.option("--tag", help="Tag for the commit, such as v1.")
 @click.option("--collection", help="Slug of a collection, or the title of one of yours; made if there is none.")
 @click.option("--message", help="Title of the commit.")
-@click.option("--token", envvar="HF_TOKEN", help="Hub token; by default the one you are logged in with.")
+@click.option(
+    "--overwrite", is_flag=True, help="Delete files in REPO_ID that no push put there, if loaders would open them."
+)
+@click.option("--token", help="Hub token; by default HF_TOKEN, or the one you are logged in with.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be pushed, without pushing.")
 @json_option
 def push(folder: Path, repo_id: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
@@ -145,6 +149,8 @@ def push(folder: Path, repo_id: str, as_json: bool, **options: Any) -> None:  # 
     options["gated"] = False if options["gated"] == "off" else options["gated"]
     pushed = publish(folder, repo_id, **options)
     print_result(pushed.to_dict(), as_json, lambda: _print_pushed(pushed, folder))
+    if pushed.problems:  # of a dry run: what the push itself would end with
+        click.get_current_context().exit(InvalidRequestError.exit_code)
 
 
 def _print_pushed(pushed: Pushed, folder: Path) -> None:
@@ -162,7 +168,13 @@ def _print_pushed(pushed: Pushed, folder: Path) -> None:
     seen = "private" if pushed.private else "public"
     gate = f", gated ({pushed.gated})" if pushed.gated else ""
     size = f"{len(pushed.files)} files, {size_text(pushed.nbytes)}, {size_text(pushed.new_bytes)} of them new"
-    verb = "Pushed" if pushed.commit else "Would push"
+    if pushed.tag is not None:
+        click.echo(f"tag: {pushed.tag}")
+    if pushed.collection is not None:
+        click.echo(f"collection: {pushed.collection}")
+    for problem in pushed.problems:
+        click.echo(f"PROBLEM: {problem}")
+    verb = "Pushed" if pushed.commit else "Would NOT push" if pushed.problems else "Would push"
     click.echo(f"{verb} {folder} to {pushed.url} ({seen}{gate}): {size}.")
     if pushed.commit:
         click.echo(f"commit: {pushed.commit}")

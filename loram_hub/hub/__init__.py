@@ -9,12 +9,15 @@ from loram_hub.hub.fetching import CHECKPOINT_FILES as CHECKPOINT_FILES
 from loram_hub.hub.fetching import METADATA_FILES as METADATA_FILES
 from loram_hub.hub.fetching import Source as Source
 from loram_hub.hub.fetching import fetch_release as fetch_release
+from loram_hub.hub.fetching import is_fetched as is_fetched
 from loram_hub.hub.fetching import resolve as resolve
 from loram_hub.hub.fetching import resolve_config as resolve_config
 from loram_hub.hub.fetching import source_of as source_of
 from loram_hub.hub.publishing import Gate as Gate
 from loram_hub.hub.publishing import Published as Published
+from loram_hub.hub.publishing import RemoteFile as RemoteFile
 from loram_hub.hub.publishing import RemoteRepository as RemoteRepository
 from loram_hub.hub.publishing import UploadFile as UploadFile
 from loram_hub.hub.publishing import look_up as look_up
 from loram_hub.hub.publishing import publish_files as publish_files
+from loram_hub.hub.publishing import why_not_writable as why_not_writable

@@ -18,10 +18,11 @@ from huggingface_hub.errors import (
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import HFValidationError
 
-from loram_hub.errors import AccessError, CheckpointError, LoramError, ResourceError
+from loram_hub.errors import AccessError, CheckpointError, InvalidRequestError, LoramError, ResourceError
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REFUSED = frozenset({401, 403, 404})
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _XET = re.compile(r"CAS Client Error|Task error|File reconstruction error")
+_SECRET = re.compile(r"\bhf_\w+|Bearer \S+")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -134,7 +136,11 @@ def _xet_errors(name: str) -> Iterator[None]:
 
 def _refusal(name: str, err: HfHubHTTPError) -> str:
     status = status_of(err)
-    if status in _REFUSED:
+    if isinstance(err, RevisionNotFoundError):
+        return f"{name} has no such revision on the Hub: {_first_line(err)}"
+    if status == 403:
+        hint = "This token may not do that there: use one that may write, of a member."
+    elif status in _REFUSED:
         hint = "It does not exist, or you have no access: log in with 'hf auth login' (or pass token=...)."
     elif status in _PASSING:
         hint = "Try again later."
@@ -143,6 +149,20 @@ def _refusal(name: str, err: HfHubHTTPError) -> str:
     return f"The Hub answered {status} for {name}. {hint}"
 
 
+def clean_token(token: str | bool | None) -> str | bool | None:
+    """Strip a token as huggingface_hub strips one from the environment, and refuse what no header can carry.
+
+    Raises:
+        InvalidRequestError: it holds characters that no token has; it is not shown.
+    """
+    if not isinstance(token, str):
+        return token
+    stripped = token.strip()
+    if not stripped.isascii() or not stripped.isprintable() or " " in stripped:
+        raise InvalidRequestError("The token holds characters that no Hub token has. Copy it again.")
+    return stripped or None
+
+
 def _first_line(err: BaseException) -> str:
-    lines = str(err).strip().splitlines()
-    return lines[0] if lines else type(err).__name__
+    lines = [line for line in str(err).strip().splitlines() if line.strip() and not line.strip().endswith(":")]
+    return _SECRET.sub("(token)", lines[0]) if lines else type(err).__name__

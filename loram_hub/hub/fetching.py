@@ -13,28 +13,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
+from loram_hub.checkpoint import COMPANIONS
 from loram_hub.digests import git_sha1_of, remembered_sha256
 from loram_hub.errors import CheckpointError, LoramError, VerificationError
-from loram_hub.hub.access import access_errors, persistently
+from loram_hub.hub.access import access_errors, clean_token, persistently
 from loram_hub.release import Release, verify
 from loram_hub.tensors import sha256_of_finite
 
-CHECKPOINT_FILES = (
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "LICENSE*",
-    "NOTICE*",
-    "Notice*",
-    "USE_POLICY*",
-    "README.md",
-)
+CHECKPOINT_FILES = ("*.json", "*.safetensors", "README.md", *COMPANIONS)
 """What is fetched of a model: never pickles, never code."""
+
+_NEVER = ("*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.sh", "*.so")
+"""What no pattern fetches, however wide: models lie at the top of a repository, and are no code."""
 
 METADATA_FILES = ("loram.json", "mask_index.safetensors", "config.json")
 """What recovery needs of a release: manifest, mask indexes, the base's config."""
@@ -91,6 +84,7 @@ def resolve(
     folder = Path(name).expanduser()
     if folder.is_dir():
         return source_of(folder)
+    token = clean_token(token)
     offline = local_files_only or constants.HF_HUB_OFFLINE
 
     def download() -> list[Path]:
@@ -101,9 +95,10 @@ def resolve(
             cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
             allow_patterns=list(files),
+            ignore_patterns=list(_NEVER),
         )
         present = {path.relative_to(snapshot).as_posix(): path for path in Path(snapshot).rglob("*") if path.is_file()}
-        wanted = filter_repo_objects(present, allow_patterns=list(files))
+        wanted = filter_repo_objects(present, allow_patterns=list(files), ignore_patterns=list(_NEVER))
         return [Path(snapshot), *(present[found] for found in sorted(wanted))]
 
     if compare:
@@ -141,13 +136,19 @@ def fetch_release(
         resolve, name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
     source = fetch(compare=False)
-    try:
+    if source.commit is None or Path(name).expanduser().is_dir():
         return source, verify(source.folder, sha256=read)
+    try:
+        return source, verify(source.folder, sha256=read, ignored=lambda name: not is_fetched(name))
     except LoramError:
-        if source.commit is None or Path(name).expanduser().is_dir():
-            raise
         source = fetch(compare=True)
-    return source, verify(source.folder, sha256=read)
+    return source, verify(source.folder, sha256=read, ignored=lambda name: not is_fetched(name))
+
+
+def is_fetched(name: str) -> bool:
+    """Whether a file of a repository is fetched with a model; what is not is never opened here."""
+    found = filter_repo_objects([name], allow_patterns=list(CHECKPOINT_FILES), ignore_patterns=list(_NEVER))
+    return bool(list(found))
 
 
 def source_of(folder: Path) -> Source:
@@ -157,6 +158,30 @@ def source_of(folder: Path) -> Source:
     if snapshot is None:
         return Source(folder=folder, id=absolute.name, commit=None)
     return Source(folder=folder, id=snapshot["id"].replace("--", "/"), commit=snapshot["commit"])
+
+
+def cached_commits(name: str, cache_dir: str | os.PathLike[str] | None = None) -> list[str]:
+    """Return the commits of a Hub id whose weights are in this machine's cache, those that arrived last first.
+
+    What was trained on here is among them. A snapshot of metadata alone was described or recovered with, not loaded.
+
+    Args:
+        name: Hub id.
+        cache_dir: of huggingface_hub; None for its default.
+
+    Raises:
+        CheckpointError: no possible Hub id.
+    """
+    with access_errors(name):
+        validate_repo_id(name)
+    cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir)
+    arrived: dict[str, float] = {}
+    for weights in (cache / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/model*.safetensors"):
+        commit = weights.parent.name
+        if _SHA1.fullmatch(commit) and weights.is_file():
+            # Of the link: its blob may have come with an earlier commit.
+            arrived[commit] = max(arrived.get(commit, 0.0), weights.lstat().st_mtime)
+    return sorted(arrived, key=lambda commit: (-arrived[commit], commit))
 
 
 def resolve_config(
@@ -175,6 +200,7 @@ def resolve_config(
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} is no checkpoint: it has no config.json.")
         return path / "config.json"
+    token = clean_token(token)
 
     def download() -> list[Path]:
         return [Path(hf_hub_download(str(name), "config.json", revision=revision, token=token))]
@@ -223,3 +249,14 @@ def _remove_from_cache(path: Path) -> None:
         path.unlink()
         path = target
     path.unlink(missing_ok=True)
+
+
+def list_files(repo_id: str, revision: str | None, token: str | bool | None) -> list[str]:
+    """Return the names of all files of a repository, also of those that are never fetched.
+
+    Raises:
+        AccessError: the repository does not exist, is gated or private, or the Hub cannot be reached.
+    """
+    api = HfApi(token=clean_token(token))
+    with access_errors(repo_id):
+        return sorted(persistently(lambda: api.list_repo_files(repo_id, revision=revision)))

@@ -5,15 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from loram_hub.files import resource_errors
+from loram_hub.licences.documents import LICENCE_FILE, NOTICE_FILE, POLICY_FILE, plain, texts_named
 from loram_hub.licences.records import CHANGES, Licence
-
-_MAX_DOCUMENT_BYTES = 1024 * 1024
-_LICENCE_FILE = re.compile(r"(LICEN[SC]E|COPYING).*", re.IGNORECASE)
-_NOTICE_FILE = re.compile(r"NOTICE(\.txt|\.md)?", re.IGNORECASE)
-_POLICY_FILE = re.compile(r"USE_POLICY.*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,21 +20,6 @@ class Duty:
     """Whether the repository meets it."""
     how: str
     """What to do where it does not."""
-
-
-def licence_documents(folder: Path) -> dict[str, str]:
-    """Read the texts that `duties` looks at: LICENSE, Notice and USE_POLICY files of a folder, by name.
-
-    Raises:
-        ResourceError: one cannot be read.
-    """
-    patterns = (_LICENCE_FILE, _NOTICE_FILE, _POLICY_FILE)
-    with resource_errors(f"Reading {folder}"):
-        return {
-            path.name: path.read_bytes()[:_MAX_DOCUMENT_BYTES].decode("utf-8", "replace")
-            for path in sorted(folder.iterdir())
-            if path.is_file() and any(pattern.fullmatch(path.name) for pattern in patterns)
-        }
 
 
 def notice_file(licence: Licence, documents: Mapping[str, str]) -> tuple[str, str] | None:
@@ -58,7 +37,7 @@ def notice_file(licence: Licence, documents: Mapping[str, str]) -> tuple[str, st
 
 
 def _has_notice(sentence: str, documents: Mapping[str, str]) -> bool:
-    return any(_plain(sentence) in _plain(text) for text in _texts(documents, _NOTICE_FILE))
+    return any(plain(sentence) in plain(text) for text in texts_named(documents, NOTICE_FILE).values())
 
 
 def duties(licence: Licence, *, repo_name: str, documents: Mapping[str, str], card: str) -> tuple[Duty, ...]:
@@ -102,11 +81,13 @@ def _joined(name: str) -> str:
 
 
 def _text_duty(licence: Licence, documents: Mapping[str, str]) -> Duty:
-    texts = _texts(documents, _LICENCE_FILE)
+    texts = texts_named(documents, LICENCE_FILE).values()
     marker = licence.text_holds
     return Duty(
-        what=f"a copy of the {licence.title} travels along",
-        met=any(text.strip() and (marker is None or _plain(marker) in _plain(text)) for text in texts),
+        what="a licence file travels along (its text was not compared)"
+        if marker is None
+        else f"a copy of the {licence.title} travels along",
+        met=any(text.strip() and (marker is None or plain(marker) in plain(text)) for text in texts),
         how=f"Copy the licence file of the base model into the folder as LICENSE{_at(licence.link)}."
         + (f" The one that is there does not hold the words {marker!r}." if texts else ""),
     )
@@ -131,7 +112,7 @@ def _policy_duty(licence: Licence, documents: Mapping[str, str], card: str) -> t
         return (
             Duty(
                 what="a copy of the use policy travels along",
-                met=any(text.strip() for text in _texts(documents, _POLICY_FILE)),
+                met=any(text.strip() for text in texts_named(documents, POLICY_FILE).values()),
                 how=f"Copy USE_POLICY.md of the base model into the folder{_at(licence.use_policy)}.",
             ),
         )
@@ -151,7 +132,7 @@ def _display_duty(licence: Licence, card: str) -> tuple[Duty, ...]:
     return (
         Duty(
             what=f"the card shows {lines}",
-            met=any(_plain(line) in _plain(_body(card)) for line in licence.display),
+            met=any(plain(line) in plain(_body(card)) for line in licence.display),
             how=f"Write {lines} into README.md, where readers see it (loram card does).",
         ),
     )
@@ -163,7 +144,7 @@ def _changes_duty(licence: Licence, card: str) -> tuple[Duty, ...]:
     return (
         Duty(
             what="the card says what was changed",
-            met=_plain(CHANGES) in _plain(_body(card)),
+            met=plain(CHANGES) in plain(_body(card)),
             how=f"Write into README.md (loram card does): {CHANGES} ..., and which.",
         ),
     )
@@ -187,15 +168,5 @@ def _body(card: str) -> str:
     return card if found is None else card[found.end() :]
 
 
-def _texts(documents: Mapping[str, str], pattern: re.Pattern[str]) -> list[str]:
-    return [text for name, text in documents.items() if pattern.fullmatch(name)]
-
-
 def _at(link: str | None) -> str:
     return "" if link is None else f" (it is also at {link})"
-
-
-def _plain(text: str) -> str:
-    """Make texts comparable: licences come as plain text and as Markdown, with one sign for copyright or another."""
-    text = text.replace("©", "(c)").lower()
-    return re.sub(r"\s+", " ", re.sub(r"[*_\\“”\"]", "", text))

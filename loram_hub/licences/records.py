@@ -1,17 +1,12 @@
-"""The licences that are known here, and which of them a base model has."""
+"""The licences that are known here."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from loram_hub.errors import InvalidRequestError
 
 CHANGES = "Changes to the base model:"
 """How the statement begins that a card and a Notice file make where a licence asks for it."""
-
-_LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +177,7 @@ LICENCES: tuple[Licence, ...] = (
 """Licences whose conditions are known here."""
 
 # The Hub's list (hub-docs, repositories-licenses.md); any other licence goes into `license_name`.
-_HUB_IDS = frozenset({
+HUB_IDS = frozenset({
     "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",
     "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause",
     "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
@@ -194,58 +189,3 @@ _HUB_IDS = frozenset({
     "ncsa", "unlicense", "zlib", "pddl", "lgpl-lr", "deepfloyd-if-license", "llama2", "llama3", "llama3.1",
     "llama3.2", "llama3.3", "gemma",
 })  # fmt: skip
-
-
-def licence_of(base_id: str, *, declared: str | None = None) -> Licence:
-    """Find the licence of a base model.
-
-    What the base's owner publishes it under cannot be declared away where it binds; otherwise the declaration counts.
-    A copy of such a model under another name space is taken to have the original's licence if nothing is declared.
-
-    Args:
-        base_id: Hub id of the base model, or its folder's name.
-        declared: licence on the base's card (see `declared_licence`), or what the user says it is.
-
-    Returns:
-        The licence; one without known conditions if it is declared but not known here.
-
-    Raises:
-        InvalidRequestError: no licence can be told, or the one declared is not the base's.
-    """
-    known = next((licence for licence in LICENCES if re.fullmatch(licence.models, base_id)), None)
-    if declared is not None:
-        return _declared(base_id, declared.strip().lower(), known)
-    found = known or next((licence for licence in LICENCES if licence.binds and _covers_copy(licence, base_id)), None)
-    if found is None:
-        raise InvalidRequestError(
-            f"The licence of {base_id!r} is not known here. Look at its card and pass it: license='apache-2.0', say."
-        )
-    return found
-
-
-def _declared(base_id: str, declared: str, known: Licence | None) -> Licence:
-    if known is not None and known.binds and known.id != declared:
-        raise InvalidRequestError(
-            f"The licence of {base_id} was given as {declared!r}; its owner publishes it under the {known.title} "
-            f"({known.id}), which a derivative cannot leave. Pass license={known.id!r}, or none."
-        )
-    if declared in ("other", "unknown") or _LICENCE_ID.fullmatch(declared) is None:
-        raise InvalidRequestError(
-            f"The licence of {base_id} was given as {declared!r}, which names none. Pass the Hub's identifier "
-            "(license='apache-2.0'), or the name that the base's card has under license_name."
-        )
-    listed = next((licence for licence in LICENCES if licence.id == declared), None)
-    return listed or Licence(id=declared, title=declared, on_hub=declared in _HUB_IDS)
-
-
-def _covers_copy(licence: Licence, base_id: str) -> bool:
-    name = base_id.rpartition("/")[2]
-    return any(re.fullmatch(licence.models, f"{owner}/{name}") for owner in ("meta-llama", "google", "Qwen"))
-
-
-def declared_licence(metadata: Mapping[str, object]) -> str | None:
-    """Return the licence that a card's metadata declare, `license_name` where `license` is `other`; None if none."""
-    licence, name = metadata.get("license"), metadata.get("license_name")
-    if licence == "other":
-        licence = name
-    return licence if isinstance(licence, str) and licence else None

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
-from loram_hub.checkpoint import CONFIG, INDEX_FILE, SINGLE_FILE, is_companion
+from loram_hub.checkpoint import CONFIG, INDEX_FILE, SINGLE_FILE, is_companion, is_never_loaded
 from loram_hub.errors import CheckpointError, VerificationError
 from loram_hub.folders import leads_out
 from loram_hub.manifest import MANIFEST, FileEntry
@@ -57,27 +57,54 @@ def check_listed(folder: Path, files: Mapping[str, FileEntry]) -> None:
             raise VerificationError(f"{folder / MANIFEST} lists {name!r}: {_kind_of(name)}, which no release holds.")
 
 
-def check_present(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
+def check_present(
+    folder: Path, files: Mapping[str, FileEntry], ignored: Callable[[str], bool], *, with_tokenizer: bool
+) -> list[str]:
     """Check every file that is in a folder, listed or not, without reading any.
 
     Args:
         folder: the release.
         files: what its manifest lists.
+        ignored: names of files that are not listed and that nobody will open.
+        with_tokenizer: whether a tokenizer may lie there unlisted, as where a model was saved and its tokenizer after.
 
     Returns:
-        Names of the files that are not listed and may be there: card, pictures, tokenizer, licence.
+        Names of the files that are not listed, may be there and may be loaded.
 
     Raises:
         VerificationError: a name is a trick, a link leads out, a file is no plain file, or may not be there.
     """
-    present = set(_walk(folder)) - {MANIFEST}
+    present = {name for name in _walk(folder) if name in files or not ignored(name)} - {MANIFEST}
     _check_alike(present | set(files), source=str(folder))
     added = sorted(present - set(files))
     for name in added:
-        # A tokenizer, card or licence may be put beside a finished release; it changes nothing of the rest.
-        if not is_companion(name):
+        if not is_never_loaded(name) and not (with_tokenizer and _is_of_tokenizer(name)):
             raise VerificationError(f"{folder} holds {name}, which its manifest does not list: {_kind_of(name)}.")
-    return added
+    return [name for name in added if not is_never_loaded(name)]
+
+
+def check_repository(names: Collection[str], files: Mapping[str, FileEntry], *, source: str) -> None:
+    """Check the names of all files of a repository on the Hub, of which only some are fetched.
+
+    Args:
+        names: as the Hub lists them.
+        files: what the manifest of the release lists.
+        source: names the repository in errors.
+
+    Raises:
+        VerificationError: a name is a trick, or that of a file that may not be there.
+    """
+    for name in sorted(names):
+        if why := _trick_in(name):
+            raise VerificationError(f"{source} holds a file under the name {name!r:.200}: {why}.")
+    _check_alike({*names, *files}, source=source)
+    for name in sorted(set(names) - set(files) - {MANIFEST}):
+        if not is_never_loaded(name):
+            raise VerificationError(f"{source} holds {name}, which its manifest does not list: {_kind_of(name)}.")
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    return is_companion(name) and name != "generation_config.json"
 
 
 def check_sizes(folder: Path, files: Mapping[str, FileEntry]) -> None:
@@ -179,4 +206,6 @@ def _kind_of(name: str) -> str:
         return "a program"
     if lower.endswith(".safetensors"):
         return "weights that belong to no model here"
+    if is_companion(name):
+        return "it would be loaded with the model, unchecked. Have it there when the release is made"
     return "a kind of file that no release needs"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from loram_hub.checkpoint import CONFIG, INDEX_FILE
@@ -21,13 +21,19 @@ from loram_hub.tensors import sha256_of_finite
 _VOCABULARIES = ("tokenizer.json", "vocab.json")
 
 
-def verify(folder: str | Path, *, sha256: Callable[[Path], str] = sha256_of_finite) -> Release:
+def verify(
+    folder: str | Path,
+    *,
+    sha256: Callable[[Path], str] = sha256_of_finite,
+    ignored: Callable[[str], bool] = lambda _: False,
+) -> Release:
     """Check every byte of a release folder: names and links, hashes, configs, mask indexes, weights, code tables.
 
     Args:
         folder: the release.
         sha256: gives the hash of a file. By default each is read, and its numbers are checked to be finite in the same
             read; one that remembers files it has read before makes later checks quick.
+        ignored: names of files that may lie there unlisted because nobody will open them; by default none may.
 
     Returns:
         The release, if all is well.
@@ -41,19 +47,34 @@ def verify(folder: str | Path, *, sha256: Callable[[Path], str] = sha256_of_fini
     release = open_metadata(folder)
     files = release.manifest.files
     refuse_adapter(folder)
-    added = check_present(folder, files)
+    added = check_present(folder, files, ignored, with_tokenizer=release.was_saved)
     check_sizes(folder, files)
     others = {name: entry for name, entry in files.items() if not is_weights(name)}
     check_hashes(folder, others, sha256)
-    for name in [*others, *added]:
-        if name.endswith(".json") and name not in (CONFIG, INDEX_FILE, MASK_INDEX, *_VOCABULARIES):
-            check_companion(folder / name)
+    _check_companions(release, [*others, *added])
     tensors = weights_of(release)
     if release.is_quantized:
         check_values(packed_matrices(release.plan), tensors)
     _check_claims(release)
     check_hashes(folder, {name: entry for name, entry in files.items() if is_weights(name)}, sha256)
     return release
+
+
+def check_described(folder: Path) -> None:
+    """Check everything of a release but its weights: what its maker can still mend.
+
+    Raises:
+        LoramError: see `verify`.
+    """
+    release = open_metadata(folder)
+    check_present(folder, release.manifest.files, lambda _: False, with_tokenizer=False)
+    _check_companions(release, release.manifest.files)
+
+
+def _check_companions(release: Release, names: Iterable[str]) -> None:
+    for name in names:
+        if name.endswith(".json") and name not in (CONFIG, INDEX_FILE, MASK_INDEX, *_VOCABULARIES):
+            check_companion(release.folder / name, vocab_size=release.architecture.vocab_size)
 
 
 def _check_claims(release: Release) -> None:

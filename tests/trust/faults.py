@@ -41,7 +41,7 @@ def report(number: int, request: str, outcome: str, **result: Any) -> None:
 
 
 def sweep_pushes(hub: HubServer, release: Path, _: Path, fault: dict[str, Any], shard: int, shards: int) -> None:
-    from loram_hub.hub import UploadFile, publish_files
+    from loram_hub.hub import UploadFile, look_up, publish_files
 
     def push(repo: str) -> str:
         contents = {
@@ -54,8 +54,9 @@ def sweep_pushes(hub: HubServer, release: Path, _: Path, fault: dict[str, Any], 
             for name, data in contents.items()
         ]
         expected.update(contents)
+        seen = look_up(repo, refs=True)
         return publish_files(
-            files, repo, message="Push", private=False, gated="auto", tag="v1", collection="Sweep"
+            files, repo, message="Push", private=False, gated="auto", seen=seen, tag="v1", collection="Sweep"
         ).commit
 
     expected: dict[str, bytes] = {}
