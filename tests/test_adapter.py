@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from builders import SEVEN, half_plan, projections, random_factors, save_adapter
 from safetensors.numpy import load_file, save_file
 
 from loram_hub.adapter import CanonicalAdapter, convert, linear_modules, read_adapter, shortest_targets, write_adapter
-from loram_hub.adapter.config import compile_pattern, parse_config
+from loram_hub.adapter.config import check_work, compile_pattern, parse_config
 from loram_hub.errors import CheckpointError, LoramError, UnsupportedAdapterError, VerificationError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -193,6 +195,101 @@ def test_alpha_patterns_that_contradict_each_other_are_refused(tmp_path: Path) -
 def test_patterns_that_could_run_for_ever_are_refused(pattern: str) -> None:
     with pytest.raises(VerificationError, match="repeats a repetition"):
         compile_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ".*" * 12 + "z",
+        "[^x]*" * 12 + "x",
+        "(.*)" * 12 + "z",
+        "a?" * 20 + "a" * 20,
+        r"\w{0,99}" * 12 + "z",
+        ".+?" * 9 + "z",
+        "(a?b?)*",
+        "[])(*+]*" * 9 + "z",
+        "(?:" * 9 + ".*)" * 9 + "z",
+    ],
+)
+def test_patterns_with_many_repetitions_in_a_row_are_refused(pattern: str) -> None:
+    with pytest.raises(VerificationError, match=r"in a row|repeats a repetition"):
+        compile_pattern(pattern)
+
+
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|k_proj|v_proj|"
+    r"o_proj|gate_proj|up_proj|down_proj|proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|"
+    r"feed_forward|ffn|dense)\.(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|proj)))"
+)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        UNSLOTH,
+        r"model\.layers\.([0-9]+)\.(self_attn|mlp)\.(.*_proj)$",
+        r"^(?!.*lm_head).*(?:q_proj|down_proj).*$",
+        r".*\.layers\.(0|1)\..*\.(?:q|k|v)_proj",
+        r"model\.layers\.\d{1,2}\.mlp\.(?P<side>up|gate|down)_proj",
+    ],
+)
+def test_patterns_that_trainers_write_are_read_and_quick_over_a_large_model(pattern: str) -> None:
+    config = parse_config(MINIMAL | {"target_modules": pattern}, source="test")
+    modules = linear_modules(tiny_architecture(num_hidden_layers=126))
+
+    check_work(config, modules, source="test")
+    assert {module for module in modules if config.targets(module)} == {
+        module for module in modules if re.fullmatch(pattern, module)
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank_pattern": {f"q{i}x.*y": 4 for i in range(4_096)}},
+        {"target_modules": ".*.*.*.*.*z"},
+        {"alpha_pattern": {".*.*.*.*z": 4}},
+    ],
+)
+def test_patterns_that_take_too_long_over_all_modules_are_refused_at_once(changes: dict[str, Any]) -> None:
+    config = parse_config(MINIMAL | changes, source="test")
+    modules = [f"model.layers.{i}.block_sparse_moe.experts.{i}.w1" for i in range(25_000)]
+    start = time.perf_counter()
+
+    with pytest.raises(VerificationError, match="could take too long over its 25,000 modules"):
+        check_work(config, modules, source="test")
+    assert time.perf_counter() - start < 5
+
+
+def test_many_names_over_many_modules_take_no_time() -> None:
+    config = parse_config(MINIMAL | {"target_modules": [f"z{i}" for i in range(4_000)]}, source="test")
+    start = time.perf_counter()
+
+    assert not any(config.targets(f"model.layers.{i}.mlp.up_proj") for i in range(25_000))
+    assert time.perf_counter() - start < 10
+
+
+def test_all_linear_as_text_is_every_layer_but_the_head(tmp_path: Path) -> None:
+    modules = linear_modules(tiny_architecture())
+    config = parse_config(MINIMAL | {"target_modules": "all-linear", "exclude_modules": ["k_proj"]}, source="test")
+
+    assert [module for module in modules if not config.targets(module)] == [
+        module for module in modules if module == "lm_head" or module.endswith("k_proj")
+    ]
+
+
+def test_absurd_texts_are_refused_in_a_short_message(tmp_path: Path) -> None:
+    for changes in ({"base_model_name_or_path": "x" * 5_000}, {"revision": "a\0b"}, {"target_modules": ["x"] * 5_000}):
+        with pytest.raises(VerificationError) as refusal:
+            parse_config(MINIMAL | changes, source="test")
+        assert len(str(refusal.value)) < 300
+    for changes in ({"peft_type": "y" * 5_000}, {"bias": "y" * 5_000}, {"init_lora_weights": "y" * 5_000}):
+        with pytest.raises(UnsupportedAdapterError) as unsupported:
+            parse_config(MINIMAL | changes, source="test")
+        assert len(str(unsupported.value)) < 500
+    name = f"model.{'y' * 600}"
+    with pytest.raises(VerificationError, match=r"a name of 6\d\d letters"):
+        read_adapter(save_adapter(tmp_path / "a", random_factors({name: (3, 5)})))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

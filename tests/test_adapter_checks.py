@@ -272,6 +272,27 @@ def test_what_a_stock_adapter_may_not_hold_is_refused(
     refused(stock, exit_code, match)
 
 
+@pytest.mark.parametrize("changes", [{"target_modules": "all-linear"}, {"merge_weights": True}])
+def test_settings_of_older_and_other_trainers_pass(stock: Path, changes: dict[str, Any]) -> None:
+    edit_config(**changes)(stock)
+
+    assert len(check_adapter(stock, architecture=ARCHITECTURE).modules) == 28
+
+
+def test_a_pickle_of_a_trainer_is_refused_with_the_way_to_a_clean_copy(stock: Path) -> None:
+    (stock / "training_args.bin").write_bytes(b"")
+
+    refused(stock, 3, "is a pickle .* loram doctor ADAPTER --fix OUT")
+
+
+def test_a_base_whose_config_is_unsound_tells_nothing_of_an_adapter(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "a", random_factors(WHOLE))
+    for config in (tiny_config(hidden_size="x"), tiny_config() | {"model_type": []}):
+        assert looks_pruned(adapter, base_config=config) is None
+    for base in ("x" * 3_000, "~nobody-has-this-name/x"):
+        assert looks_pruned(save_adapter(tmp_path / "b", random_factors(WHOLE), base=base)) is None
+
+
 def test_a_tokenizer_that_names_code_is_refused(stock: Path) -> None:
     (stock / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')
 

@@ -55,13 +55,15 @@ from loram_hub.errors import (
 from loram_hub.files import dump_json
 from loram_hub.licences import duties, licence_documents, licence_of
 from loram_hub.manifest import FileEntry
-from loram_hub.plan import PruningSettings, plan_from_scores, pruned_layers
+from loram_hub.plan import Plan, PruningSettings, plan_from_scores, pruned_layers
 from loram_hub.recovery import recover
 from loram_hub.release import Release, open_metadata, verify
 
 LLAMA = "meta-llama/Llama-3.1-8B"
 REPO = "org/Llama-3.1-8B-LoRAM-0.5"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ADAPTER_PARAMETERS = sum(4 * (rows + columns) for rows, columns in projections(Plan(tiny_architecture(), {})).values())
+"""Of a recovered adapter for the tiny model, at rank 4."""
 NF4 = {"type": "nf4", "block": 64, "double_quant": True, "dtype": "bfloat16"}
 
 
@@ -101,6 +103,8 @@ def _evaluation(release: Release | None = None, **losses: float) -> dict[str, An
         for key, loss in losses.items()
     ]  # fmt: skip
     for row in rows:
+        if row["model"] in ("pruned + adapter", "base + recovered adapter"):
+            row["parameters"] = 7 + ADAPTER_PARAMETERS
         if release is not None and row["model"] in ("base", "pruned"):
             layers = None if row["model"] == "base" else release.plan.layers
             shapes = release.architecture.tensor_shapes(layers) if layers else release.architecture.tensor_shapes()
@@ -275,6 +279,46 @@ def test_an_evaluation_that_is_malformed_or_of_another_model_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         _card(release, evaluation=_evaluation(release, base=4.0) | change)
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        ("base + recovered adapter", {"parameters": 5}, "no more than 'base' without the adapter"),
+        ("base + recovered adapter", {"parameters": 8}, "1 parameters more than the base; this adapter has"),
+        ("pruned + adapter", {"parameters": 7}, "no more than 'pruned' without the adapter"),
+        ("base", {"perplexity": 3.0}, r"perplexity 3, which is not exp\(loss\)"),
+        ("base", {"perplexity": 0}, "perplexity 0"),
+    ],
+)
+def test_an_evaluation_of_another_adapter_gets_onto_no_card(
+    adapter: Path, model: str, change: dict[str, Any], message: str
+) -> None:
+    evaluation = _evaluation(base=4.0, pruned=6.5, pruned_adapter=5.0, base_recovered_adapter=3.25)
+    assert "3.2500" in make_card(adapter, evaluation=evaluation).text
+    next(row for row in evaluation["rows"] if row["model"] == model).update(change)
+
+    with pytest.raises(InvalidRequestError, match=message):
+        make_card(adapter, evaluation=evaluation)
+
+
+def test_without_the_base_in_it_an_evaluation_must_still_have_room_for_the_adapter(adapter: Path) -> None:
+    evaluation = _evaluation(base_recovered_adapter=3.25)
+    assert "3.2500" in make_card(adapter, evaluation=evaluation).text
+    evaluation["rows"][0]["parameters"] = 5
+
+    with pytest.raises(InvalidRequestError, match="has 5 parameters; this adapter has"):
+        make_card(adapter, evaluation=evaluation)
+
+
+def test_a_card_is_not_written_through_a_link(release: Release, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (release.folder / "pictures").symlink_to(tmp_path / "outside")
+
+    with pytest.raises(InvalidRequestError, match="pictures is a link"):
+        write_card(release.folder, _card(release))
+    assert list((tmp_path / "outside").iterdir()) == []
+    assert not (release.folder / "README.md").exists()
 
 
 def test_a_model_may_not_be_measured_twice(release: Release) -> None:
@@ -517,7 +561,24 @@ def test_an_adapter_of_full_size_from_elsewhere_gets_a_card_that_claims_no_recov
 
     assert "recovered to full size" not in card.text
     assert "release it was trained on" not in card.text
-    assert "loram" not in _metadata(card)["tags"]
+    assert _metadata(card)["tags"] == ["lora"], "nothing of it comes from the paper"
+    assert "| r 4, alpha 8 |" in card.text
+
+    scaled = save_adapter(
+        tmp_path / "b", random_factors(shapes), base="org/base", use_rslora=True, alpha_pattern={"up": 2}
+    )
+    text = make_card(scaled, license="mit").text
+    assert (
+        "| r 4, alpha 8; scaled by alpha / sqrt(r) (rsLoRA); some modules have a rank or an alpha of their own" in text
+    )
+
+
+def test_a_rank_that_vllm_does_not_take_gets_no_line_for_vllm(tmp_path: Path) -> None:
+    factors = random_factors({"model.layers.0.mlp.up_proj": (37, 24)}, rank=520)
+    text = make_card(save_adapter(tmp_path / "a", factors, base="org/base", r=520), license="mit").text
+
+    assert "vllm serve" not in text
+    assert "vLLM takes no adapter of this rank" in text
 
 
 @pytest.mark.parametrize(

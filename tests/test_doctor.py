@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -252,6 +253,23 @@ CASES: list[tuple[str, Callable[[Path], None], Mapping[Any, str]]] = [
         {"vllm": "refused", "sglang": "wrong results", "llamacpp": "wrong results", "peft": "warning"},
     ),
     (
+        "lora-ga",
+        edit_config(init_lora_weights="lora_ga"),
+        dict.fromkeys(TARGETS, "wrong results"),
+    ),
+    *[
+        ("settings-unreadable", edit_config(**{key: value}), dict.fromkeys(TARGETS, "refused"))
+        for key, values in {
+            "lora_alpha": ("x", 0, -8),
+            "target_modules": (5, [1, 2], {"a": 1}, "(", ".*" * 12 + "z"),
+            "rank_pattern": ([1], {"(": 1}, {"[^x]*" * 12 + "x": 4}),
+            "alpha_pattern": (5,),
+            "base_model_name_or_path": (5, "x" * 5_000, "a\0b"),
+            "revision": (5,),
+        }.items()
+        for value in values
+    ],
+    (
         "variant",
         edit_config(layer_replication=[[0, 2]]),
         {"vllm": "refused", "sglang": "wrong results", "llamacpp": "wrong results"},
@@ -330,6 +348,94 @@ def test_each_problem_is_found_where_it_matters(
             assert diagnosis.verdict in ("refused", "wrong results")
             assert diagnosis.command is None
         assert all(finding.what and finding.why and finding.source and finding.remedy for finding in diagnosis.findings)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base_model_name_or_path": "--trust-remote-code"},
+        {"base_model_name_or_path": "-x/y"},
+        {"base_model_name_or_path": "org/x\x1b[2J\nrm -rf ~ #"},
+        {"base_model_name_or_path": "org/\u202ex"},
+        {"base_model_name_or_path": "/gone/model"},
+        {"base_model_name_or_path": "~nobody-has-this-name/x"},
+        {"base_model_name_or_path": "org/" + "x" * 2_000 + "!"},
+        {"revision": "--trust-remote-code"},
+        {"revision": "main\x1b[2J"},
+        {"revision": "a b"},
+    ],
+)
+def test_no_name_of_a_stranger_gets_into_a_command(tmp_path: Path, target: Target, changes: dict[str, str]) -> None:
+    diagnosis = examine(sound(tmp_path / "adapter", **changes), target)
+
+    assert diagnosis.verdict == "serves"
+    assert diagnosis.command is None
+    assert diagnosis.notes[-1].startswith("no command: the base")
+
+
+def test_what_the_doctor_prints_moves_no_cursor(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from loram_hub.cli import main
+
+    bad = "org/x\x1b[2J\nrm -rf ~ #\u202e"
+    folder = sound(tmp_path / "adapter", base_model_name_or_path=bad, rank_pattern={"\x1b[2J(": 4}, bias="\x1b[2J")
+    (folder / "added_tokens.json").write_text('{"\\u001b[2J": 99}')
+
+    result = CliRunner().invoke(main, ["doctor", str(folder)])
+
+    assert result.exit_code == 4
+    assert all(char.isprintable() for char in result.output.replace("\n", ""))
+    assert not [line for line in result.output.splitlines() if line.startswith("rm")]
+
+
+def test_what_is_no_regular_file_is_neither_opened_nor_waited_for(tmp_path: Path) -> None:
+    def as_folder(path: Path) -> None:
+        path.mkdir()
+
+    for number, make in enumerate((as_folder, os.mkfifo)):
+        for name in (CONFIG, "loram.json", "added_tokens.json", WEIGHTS):
+            folder = sound(tmp_path / f"{number}-{name}")
+            (folder / name).unlink(missing_ok=True)
+            make(folder / name)
+            verdict = "serves" if name in ("loram.json", "added_tokens.json") else "refused"
+            assert examine(folder, "vllm").verdict == verdict
+
+
+def test_an_unsound_config_of_the_base_is_no_failure_of_the_doctor(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for config in (tiny_config(hidden_size="x"), tiny_config() | {"model_type": []}):
+        (base / "config.json").write_text(json.dumps(config))
+        for folder in (sound(tmp_path / "named", base=base), sound(tmp_path / "given")):
+            diagnosis = examine(folder, "vllm", base=base if folder.name == "given" else None)
+            assert [gap.partition(":")[0] for gap in diagnosis.not_checked] == ["shapes and targets"]
+    (base / "config.json").write_text(json.dumps(tiny_config(hidden_size="x")))
+    with pytest.raises(VerificationError, match="config of the base"):
+        fix(sound(tmp_path / "adapter", base=base), tmp_path / "out")
+
+
+def test_all_linear_as_text_means_the_same_to_doctor_and_fix(tmp_path: Path, base: Path) -> None:
+    folder = sound(tmp_path / "adapter", targets="all-linear", merge_weights=True)
+
+    assert examine(folder, "vllm", base=base).verdict == "serves"
+    assert check_adapter(folder, architecture=ARCHITECTURE).rank == 4
+    fix(folder, tmp_path / "out", base=base)
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["target_modules"] == sorted(SEVEN)
+    drop(f"{UP}.lora_A.weight", f"{UP}.lora_B.weight")(folder)
+    assert rules(examine(folder, "vllm", base=base)) == {"missing-factors": "wrong results"}
+
+
+def test_nan_in_the_last_rows_of_a_large_tensor_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loram_hub.doctor.evidence._PIECE", 100)
+    folder = sound(tmp_path / "adapter")
+    values = np.zeros((37, 4), np.float32)
+    assert "not-finite" not in rules(examine(folder, "vllm"))
+    values[36, 3] = np.nan
+    put(f"{UP}.lora_B.weight", values)(folder)
+
+    assert rules(examine(folder, "vllm"))["not-finite"] == "wrong results"
 
 
 def test_problems_of_the_lm_head_depend_on_the_base(tmp_path: Path) -> None:
@@ -620,6 +726,17 @@ def test_an_adapter_on_the_hub_is_held_against_the_base_that_it_names(
     assert known.command == unknown.command == (f"vllm serve org/base --revision {COMMIT} {lora}",)
     assert fix("org/tuned", tmp_path / "out", base="org/base").base_id == "org/base"
     assert check_adapter(tmp_path / "out", architecture=ARCHITECTURE).revision == COMMIT
+
+
+def test_a_path_that_an_adapter_on_the_hub_names_is_not_opened(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    put_into_cache(tmp_path / "hub", "org/tuned", sound(tmp_path / "adapter", base=base))
+
+    assert [gap.partition(":")[0] for gap in examine("org/tuned", "vllm").not_checked] == ["shapes and targets"]
 
 
 # No crash, no network, no torch.

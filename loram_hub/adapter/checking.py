@@ -6,6 +6,7 @@ weights, files of a trainer), and a folder that others will load must not hold i
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,13 @@ from loram_hub.adapter.reading import PairSizes, check_axes, check_targets, pair
 from loram_hub.adapter.record import RECORD, RECOVERED, AdapterRecord, read_record
 from loram_hub.adapter.tensors import CODES, FACTOR_NAME, FROZEN_COPIES, WEIGHTS, factor_names
 from loram_hub.architecture import FAMILIES, Architecture, architecture_of
-from loram_hub.errors import IncompatibleError, PlanMismatchError, UnsupportedAdapterError, VerificationError
+from loram_hub.errors import (
+    IncompatibleError,
+    InvalidRequestError,
+    PlanMismatchError,
+    UnsupportedAdapterError,
+    VerificationError,
+)
 from loram_hub.files import read_json, sha256_of
 from loram_hub.tensors import TensorInfo, read_headers, sha256_of_finite
 
@@ -33,7 +40,8 @@ _BOOLEANS = (
 _IDLE = frozenset(
     {
         "corda_config", "ensure_weight_tying", "eva_config", "inference_mode", "loftq_config", "lora_dropout",
-        "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "runtime_config", "velora_config",
+        "lora_ga_config", "megatron_core", "merge_weights", "peft_version", "qalora_group_size", "runtime_config",
+        "velora_config",
     }
 )  # fmt: skip
 # Settings that `parse_config` reads or refuses by their value.
@@ -167,8 +175,8 @@ def why_pruned(
         return f"its {RECORD} names a pruning plan"
     if base_config is not None and ("loram" in base_config or str(base_config.get("model_type")).startswith("loram_")):
         return f"it was trained on {base}, which is a release"
-    if base_config is not None and base_config.get("model_type") in FAMILIES:
-        architecture = architecture_of(base_config)
+    architecture = known_architecture(base_config)
+    if architecture is not None:
         reasons = (_why_smaller(module, shape, architecture) for module, shape in shapes.items())
         return next((reason for reason in reasons if reason is not None), None)
     uneven = uneven_module(shapes)
@@ -190,9 +198,18 @@ def adapted_shapes(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[in
 
 def local_config(base: str | None) -> dict[str, Any] | None:
     """Read the config of a base that is a folder here; None if it is not. Never asks the network."""
-    if base is None or not (Path(base).expanduser() / "config.json").is_file():
+    config = "" if base is None else os.path.join(os.path.expanduser(base), "config.json")
+    return read_json(Path(config)) if os.path.isfile(config) else None  # unlike pathlib's, it takes any text
+
+
+def known_architecture(base_config: Mapping[str, Any] | None) -> Architecture | None:
+    """Return the architecture of a base model; None if its config is not at hand, unsound, or of an unknown family."""
+    if base_config is None or base_config.get("model_type") not in tuple(FAMILIES):
         return None
-    return read_json(Path(base).expanduser() / "config.json")
+    try:
+        return architecture_of(base_config)
+    except InvalidRequestError:
+        return None
 
 
 def refuse_pruned(folder: Path, *, base_config: Mapping[str, Any] | None = None) -> None:
@@ -251,7 +268,7 @@ def _check_tensors(tensors: Mapping[str, TensorInfo], config: AdapterConfig, sou
     if copies:
         raise UnsupportedAdapterError(
             f"Tensor {copies[0]!r} of {source} is a copy of a frozen weight of the base model; PEFT would load it over "
-            "the base's own. Write the adapter without it: loram doctor --fix."
+            "the base's own. Write the adapter without it: loram doctor ADAPTER --fix OUT."
         )
     factors = factor_names(tensors.keys(), source=source)
     for name in factors:

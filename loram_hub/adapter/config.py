@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NoReturn
 
+from loram_hub.architecture import LM_HEAD
 from loram_hub.errors import UnsupportedAdapterError, VerificationError
 
 CONFIG = "adapter_config.json"
@@ -14,7 +18,15 @@ CONFIG = "adapter_config.json"
 # Bounds on what an untrusted file may claim.
 _MAX_PATTERNS = 4_096
 _MAX_PATTERN_LENGTH = 2_000
+_MAX_TEXT = 4_096
 _MAX_NUMBER = 10**9
+_MAX_REPEATS = 5  # Unsloth writes four in a row, and PEFT puts one before each key of a rank_pattern
+_MAX_OPTIONS = 8
+_MAX_STEPS = 3 * 10**8
+"""Steps of the regular expression engine, estimated for the worst case, that the patterns of one file may take."""
+
+ALL_LINEAR = "all-linear"
+"""Value of `target_modules` that stands for every linear layer but the lm_head."""
 
 VOCABULARY_REMEDY = (
     "TRL asks for it when the chat template adds tokens. Train again with a template that adds none, or publish a "
@@ -40,7 +52,8 @@ _REFUSED: Mapping[str, str] = {
 _HARMLESS = frozenset(
     {"use_rslora", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config", "runtime_config"}
 )
-_KEEPS_BASE_WEIGHTS = ("gaussian", "eva", "orthogonal", "mica")
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that leave the base weights alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,14 +87,18 @@ class AdapterConfig:
         """Whether PEFT adapts a module, by the rules of its `check_target_module_exists`."""
         if self.exclude_modules and _is_named(module, self.exclude_modules):
             return False
-        if self.target_modules is None or not _is_named(module, self.target_modules):
+        if self.target_modules is None:
+            return False
+        if is_all_linear(self.target_modules):
+            return module != LM_HEAD.removesuffix(".weight")
+        if not _is_named(module, self.target_modules):
             return False
         by_suffix = not isinstance(self.target_modules, str) and module not in self.target_modules
         return not by_suffix or not self.layers_to_transform or self._layer_of(module) in self.layers_to_transform
 
     def _layer_of(self, module: str) -> int | None:
         for pattern in self.layers_pattern or (r"[^.]*",):
-            found = compile_pattern(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.").match(module)
+            found = compile_pattern(_layer_pattern(pattern)).match(module)
             if found is not None:
                 return int(found["idx"])
         return None
@@ -115,7 +132,7 @@ def _refuse_variants(values: Mapping[str, object], source: str) -> None:
     kind = values.get("peft_type")
     if kind != "LORA":
         raise UnsupportedAdapterError(
-            f"peft_type of {source} is {kind!r}; only LORA factors can be put back to full size. "
+            f"peft_type of {source} is {kind!r:.100}; only LORA factors can be put back to full size. "
             "Train again with peft.LoraConfig."
         )
     for key, value in sorted(values.items()):
@@ -125,20 +142,20 @@ def _refuse_variants(values: Mapping[str, object], source: str) -> None:
             )
         if value and key not in _HARMLESS and (key.startswith("use_") or key.endswith("_config")):
             raise UnsupportedAdapterError(
-                f"{key} is set in {source}, a LoRA variant that this loram-hub does not know. "
-                f"Train without {key}, or upgrade loram-hub."
+                f"{key:.100} is set in {source}, a LoRA variant that this loram-hub does not know. "
+                f"Train without {key:.100}, or upgrade loram-hub."
             )
     if values.get("bias", "none") != "none":
         raise UnsupportedAdapterError(
-            f"bias is {values['bias']!r} in {source}: trained biases are no low-rank update. "
+            f"bias is {values['bias']!r:.100} in {source}: trained biases are no low-rank update. "
             "Train again with bias='none'."
         )
     init = values.get("init_lora_weights", True)
-    if not isinstance(init, bool) and init not in _KEEPS_BASE_WEIGHTS:
+    if not isinstance(init, bool) and str(init).lower() not in PLAIN_INITS:
         raise UnsupportedAdapterError(
-            f"init_lora_weights is {init!r} in {source}: it changes the weights that the factors are added to, and the "
-            "original model was not changed. Train again with init_lora_weights=True or one of "
-            f"{', '.join(_KEEPS_BASE_WEIGHTS)}."
+            f"init_lora_weights is {init!r:.100} in {source}: it changes the weights that the factors are added to, "
+            "and the original model was not changed. Train again with init_lora_weights=True or one of "
+            f"{', '.join(PLAIN_INITS)}."
         )
 
 
@@ -156,10 +173,14 @@ class _Fields:
         found = self.values.get(key) or {}
         if not isinstance(found, dict) or len(found) > _MAX_PATTERNS:
             raise VerificationError(f"{key} in {self.source} must be an object of at most {_MAX_PATTERNS:,} entries.")
-        return {name: self._checked(value, f"{key}[{name!r}]", whole=whole) for name, value in found.items()}
+        return {name: self._checked(value, f"{key}[{name!r:.100}]", whole=whole) for name, value in found.items()}
 
     def names(self, key: str) -> tuple[str, ...]:
         names = [item for item in self._list(key) if isinstance(item, str)]
+        if len(names) > _MAX_PATTERNS:
+            raise VerificationError(
+                f"{key} in {self.source} has {len(names):,} names; at most {_MAX_PATTERNS:,} are read."
+            )
         return tuple(names) if len(names) == len(self._list(key)) else self._refuse(key, "names are")
 
     def layers(self, key: str) -> tuple[int, ...]:
@@ -172,9 +193,11 @@ class _Fields:
 
     def text(self, key: str) -> str | None:
         found = self.values.get(key)
-        if found is None or isinstance(found, str):
-            return found or None
-        self._refuse(key, "text is")
+        if found is None:
+            return None
+        if not isinstance(found, str) or len(found) > _MAX_TEXT or "\0" in found:
+            self._refuse(key, f"text of at most {_MAX_TEXT:,} letters is")
+        return found or None
 
     def _list(self, key: str) -> list[object]:
         found = self.values.get(key)
@@ -191,28 +214,104 @@ class _Fields:
         return value
 
 
+def is_all_linear(targets: object) -> bool:
+    """Whether `target_modules` is the word for every linear layer; PEFT takes it in any letter case."""
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
 def _is_named(module: str, names: str | tuple[str, ...]) -> bool:
     if isinstance(names, str):
         return compile_pattern(names).fullmatch(module) is not None
-    return module in names or any(module.endswith(f".{name}") for name in names)
+    known, suffix = _as_set(names), module
+    while suffix not in known and "." in suffix:
+        suffix = suffix.partition(".")[2]
+    return suffix in known
 
 
+@lru_cache(maxsize=8)
+def _as_set(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(names)
+
+
+def key_pattern(key: str) -> re.Pattern[str]:
+    """Compile a key of `rank_pattern` or `alpha_pattern`, to be matched as PEFT's `get_pattern_key` does."""
+    return compile_pattern(_around(key))
+
+
+def _around(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+@lru_cache(maxsize=_MAX_PATTERNS)
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Compile an untrusted regular expression; raises `VerificationError` if it is none, or could run for ever."""
-    if len(pattern) > _MAX_PATTERN_LENGTH or _repeats_a_repetition(pattern):
-        raise VerificationError(f"The pattern {pattern!r:.100} is too long, or repeats a repetition. Name the modules.")
+    _repeats(pattern)
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as err:
         raise VerificationError(f"The pattern {pattern!r:.100} is no regular expression: {err}.") from err
 
 
-def _repeats_a_repetition(pattern: str) -> bool:
-    """Whether a group that repeats or branches is itself repeated, as in `(a+)+`, which can take exponential time."""
-    text = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)
-    while (group := re.search(r"\(([^()]*)\)([*+{]?)", text)) is not None:
-        repeats = re.search(r"[*+{|]", group[1]) is not None
-        if repeats and group[2]:
-            return True
-        text = text[: group.start()] + ("*" if repeats else "x") + text[group.start(2) :]
-    return False
+def check_work(config: AdapterConfig, modules: Collection[str], *, source: str) -> None:
+    """Check that all patterns of a config can be held against the modules in reasonable time.
+
+    Raises:
+        VerificationError: they could take too long, or one of them is no regular expression.
+    """
+    patterns = [_around(key) for key in (*config.rank_pattern, *config.alpha_pattern)]
+    patterns += [text for text in (config.target_modules, config.exclude_modules) if isinstance(text, str)]
+    patterns += [_layer_pattern(name) for name in config.layers_pattern]
+    lengths = Counter(len(module) for module in modules)
+    shapes = Counter(_repeats(pattern) for pattern in patterns)
+    if sum(count * _steps(*shape, lengths) for shape, count in shapes.items()) > _MAX_STEPS:
+        raise VerificationError(
+            f"The patterns in {source} could take too long over its {len(modules):,} modules. Name the modules."
+        )
+    for pattern in patterns:
+        compile_pattern(pattern)
+
+
+def _steps(repeats: int, options: int, lengths: Mapping[int, int]) -> int:
+    """Estimate the work in the worst case: every way to divide a path among the repetitions."""
+    return sum(count * math.comb(length + repeats, repeats) for length, count in lengths.items()) << options
+
+
+@lru_cache(maxsize=_MAX_PATTERNS)
+def _repeats(pattern: str) -> tuple[int, int]:
+    """Count the repetitions that one match can pass through, and the `?`.
+
+    Raises:
+        VerificationError: there are too many, or a group that repeats or branches is itself repeated, as in `(a+)+`,
+            which can take exponential time.
+    """
+    if len(pattern) > _MAX_PATTERN_LENGTH:
+        raise _endless(pattern, f"is longer than {_MAX_PATTERN_LENGTH:,} letters")
+    # Only structure is left: groups, branches, W for a repetition of any width, O for an option, x for the rest.
+    text = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\w(?![^{}]*\})", "x", pattern, flags=re.DOTALL)
+    text = re.sub(r"\(\?(P?<\w*>|<?[=!]|:)", "(", text)
+    text = re.sub(r"([*+]|\{[\d,]*\})[?+]?", "W", text)
+    text = re.sub(r"\?[?+]?", "O", text)
+    while (group := re.search(r"\(([^()]*)\)(W?)", text)) is not None:
+        repeats, options = _widest(group[1])
+        branches = "|" in group[1] or "B" in group[1]
+        if group[2] and (repeats or options or branches):
+            raise _endless(pattern, "repeats a repetition")
+        inside = "W" * repeats + "O" * options + "B" * branches
+        text = f"{text[: group.start()]}x{inside}{group[2]}{text[group.end() :]}"
+    repeats, options = _widest(text)
+    if repeats > _MAX_REPEATS or options > _MAX_OPTIONS:
+        raise _endless(pattern, f"has more than {_MAX_REPEATS} repetitions or {_MAX_OPTIONS} options in a row")
+    return repeats, options
+
+
+def _widest(text: str) -> tuple[int, int]:
+    branches = text.split("|")
+    return max(branch.count("W") for branch in branches), max(branch.count("O") for branch in branches)
+
+
+def _endless(pattern: str, why: str) -> VerificationError:
+    return VerificationError(f"The pattern {pattern!r:.100} {why}, which could take for ever. Name the modules.")
+
+
+def _layer_pattern(name: str) -> str:
+    return rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\."

@@ -78,7 +78,7 @@ def _check_name(name: str, folder: Path) -> None:
     if last.endswith(_PICKLES):
         raise VerificationError(
             f"{name!r} in {folder} is a pickle or an array file, which can run code when opened; safetensors and JSON "
-            "are all that an adapter needs. Remove it."
+            "are all that an adapter needs. Remove it, or write a clean copy: loram doctor ADAPTER --fix OUT."
         )
     if last.endswith(_CODE):
         raise VerificationError(f"{name!r} in {folder} is code; an adapter needs none. Remove it.")

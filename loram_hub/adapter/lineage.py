@@ -29,7 +29,7 @@ def check_base(adapter: Path, base: Path, *, commit: str | None) -> None:
         VerificationError: a file of the adapter is torn or altered.
     """
     named, config_sha256 = _named_base(adapter)
-    remedy = "Load that state of the base, or allow the mismatch (--allow-base-mismatch)."
+    remedy = "Load that state of the base; to merge or evaluate in spite of it, give --allow-base-mismatch."
     if named is not None and commit is not None:
         if named != commit:
             raise IncompatibleError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from loram_hub.adapter.config import CONFIG, AdapterConfig, compile_pattern, parse_config
+from loram_hub.adapter.config import CONFIG, AdapterConfig, check_work, key_pattern, parse_config
 from loram_hub.adapter.record import RECORD
 from loram_hub.adapter.tensors import CODES, FACTOR_NAME, WEIGHTS, Factor, factor_name, factor_names, is_finite
 from loram_hub.errors import CheckpointError, LoramError, UnsupportedAdapterError, VerificationError
@@ -184,6 +184,7 @@ def pair_factors(config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]], *
         factors.setdefault(found["module"], {})[found["factor"]] = shape
     if not factors:
         raise UnsupportedAdapterError(f"{source} holds no LoRA factors at all. Was it saved by PEFT, after training?")
+    check_work(config, factors, source=source)
     ranks, alphas = _matchers(config.rank_pattern), _matchers(config.alpha_pattern)
     pairs: dict[str, PairSizes] = {}
     for module, pair in sorted(factors.items()):
@@ -214,6 +215,8 @@ def check_targets(config: AdapterConfig, modules: Collection[str], candidates: I
     """
     if config.target_modules is None:
         return
+    candidates = list(candidates)
+    check_work(config, candidates, source=source)
     declared = {module for module in candidates if config.targets(module)}
     missing = sorted(declared - set(modules))
     if missing:
@@ -266,8 +269,7 @@ def _alpha_of(module: str, declared: set[float], source: str) -> float:
 
 
 def _matchers(patterns: Mapping[str, float]) -> list[tuple[re.Pattern[str], float]]:
-    """Compile the keys of `rank_pattern` or `alpha_pattern`, to be matched as PEFT's `get_pattern_key` does."""
-    return [(compile_pattern(rf"(.*\.)?({key})$"), value) for key, value in patterns.items()]
+    return [(key_pattern(key), value) for key, value in patterns.items()]
 
 
 def _matches(matchers: list[tuple[re.Pattern[str], float]], module: str) -> set[float]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from loram_hub.adapter.config import VOCABULARY_REMEDY
 from loram_hub.architecture import EMBEDDING, LM_HEAD
 from loram_hub.errors import UnsupportedAdapterError, VerificationError
+from loram_hub.tensors import is_finite as are_finite
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,9 @@ DTYPES: Mapping[str, np.dtype[np.generic]] = {
 CODES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Names of the same in a safetensors header."""
 
-# Integer types of the same width, and the bits of infinity: what is not finite compares as no less.
-_INFINITY: Mapping[str, tuple[np.dtype[np.signedinteger], np.dtype[np.unsignedinteger], int]] = {
-    "bfloat16": (np.dtype(np.int16), np.dtype(np.uint16), 0x7F80),
-    "float16": (np.dtype(np.int16), np.dtype(np.uint16), 0x7C00),
-    "float32": (np.dtype(np.int32), np.dtype(np.uint32), 0x7F800000),
-}
 _MAX_TENSORS = 100_000
+_MAX_NAME = 500
+"""Letters of a tensor's name; a full path in the largest models has fewer than 100."""
 # PEFT's default save copies the frozen weight of a targeted lm_head or embedding into the adapter (peft#2092).
 FROZEN_COPIES = frozenset(f"{PREFIX}{name.removesuffix('.weight')}.base_layer.weight" for name in (LM_HEAD, EMBEDDING))
 
@@ -56,6 +53,11 @@ def factor_names(names: Collection[str], *, source: str) -> list[str]:
     """
     if len(names) > _MAX_TENSORS:
         raise VerificationError(f"{source} has {len(names):,} tensors; at most {_MAX_TENSORS:,} are read.")
+    longest = max(names, key=len, default="")
+    if len(longest) > _MAX_NAME:
+        raise VerificationError(
+            f"Tensor {longest!r:.100} of {source} has a name of {len(longest):,} letters; at most {_MAX_NAME} are read."
+        )
     copies = FROZEN_COPIES & set(names)
     for name in sorted(copies):
         logger.info("Leaving out %s: a copy of a frozen weight, not part of the adapter", name)
@@ -80,12 +82,8 @@ def _why_foreign(name: str) -> str:
 
 
 def is_finite(values: Factor) -> bool:
-    """Whether a contiguous array holds neither NaN nor infinity; without temporaries, and 7 times faster on bf16."""
-    signed, unsigned, infinity = _INFINITY[values.dtype.name]
-    sign = 1 << (8 * values.itemsize - 1)
-    bits = values.reshape(-1).view(unsigned)
-    # As signed integers the positive numbers come out on top, in their own order; as unsigned ones the negative.
-    return int(bits.view(signed).max()) < infinity and int(bits.max()) < infinity + sign
+    """Whether a contiguous array of factors holds neither NaN nor infinity."""
+    return are_finite(values.reshape(-1).view(np.uint8).data, CODES[values.dtype.name])
 
 
 def convert(values: Factor, dtype: DtypeName, *, scale: float = 1.0, name: str) -> Factor:

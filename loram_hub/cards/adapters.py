@@ -12,6 +12,7 @@ from loram_hub.adapter import (
     CONFIG,
     RECORD,
     RECOVERED,
+    VLLM_RANKS,
     WEIGHTS,
     AdapterConfig,
     AdapterRecord,
@@ -21,9 +22,9 @@ from loram_hub.adapter import (
     refuse_pruned,
 )
 from loram_hub.cards.escaping import Markdown, code, hub_link, is_hub_id
-from loram_hub.cards.evaluations import read_evaluation
+from loram_hub.cards.evaluations import check_adapter_size, read_evaluation
 from loram_hub.cards.folders import Card, notice_files
-from loram_hub.cards.metadata import Described, card_data, eval_results_file
+from loram_hub.cards.metadata import LORAM_TAG, Described, card_data, eval_results_file
 from loram_hub.cards.rendering import render_card
 from loram_hub.cards.wording import (
     check_repo_id,
@@ -127,11 +128,13 @@ def adapter_card(
         README.md, evaluation results and, where the licence asks for one that is not there, a Notice file.
 
     Raises:
-        InvalidRequestError: `repo_id` is no Hub id, or the evaluation is malformed.
+        InvalidRequestError: `repo_id` is no Hub id, or the evaluation is malformed or of another adapter.
         MissingDependencyError: jinja2 is not installed.
     """
     check_repo_id(repo_id)
     measured = None if evaluation is None else read_evaluation(evaluation, parameters={})
+    if measured is not None:
+        check_adapter_size(measured, adapter.parameters)
     described = Described(
         title=repo_id.rpartition("/")[2] if repo_id else "LoRAM adapter",
         repo_id=repo_id,
@@ -139,7 +142,7 @@ def adapter_card(
         relation="adapter",
         library="peft",
         licence=licence,
-        tags=("loram", "lora") if adapter.record is not None else ("lora",),
+        tags=(LORAM_TAG, "lora") if adapter.record is not None else ("lora",),
         model="base + recovered adapter",
     )
     changes = Markdown("low-rank factors are added to its weights; none of its files is in this repository")
@@ -169,8 +172,8 @@ def _values(adapter: AdapterFacts) -> dict[str, object]:
         "revision_shown": None if config.revision is None else code(config.revision),
         "is_recovered": record is not None,
         "rank": adapter.rank,
-        "served_rank": max_lora_rank(adapter.rank),
-        "alpha": Markdown(f"{config.lora_alpha:g}"),
+        "served_rank": max_lora_rank(adapter.rank) if adapter.rank <= VLLM_RANKS[-1] else None,
+        "alpha": _alpha(config),
         "targets": [code(name) for name in ((targets,) if isinstance(targets, str) else targets or ())[:20]],
         "parameters": count(adapter.parameters),
         "dtypes": Markdown(", ".join(adapter.dtypes)),
@@ -182,3 +185,13 @@ def _values(adapter: AdapterFacts) -> dict[str, object]:
         "trained_alpha": None if record is None else record.trained["lora_alpha"],
         "files": file_rows({name: sha256_of(adapter.folder / name) for name in names}),
     }
+
+
+def _alpha(config: AdapterConfig) -> Markdown:
+    """Show alpha with whatever else decides how strongly the factors count."""
+    parts = [f"{config.lora_alpha:g}"]
+    if config.use_rslora:
+        parts.append("scaled by alpha / sqrt(r) (rsLoRA)")
+    if config.rank_pattern or config.alpha_pattern:
+        parts.append("some modules have a rank or an alpha of their own (see adapter_config.json)")
+    return Markdown("; ".join(parts))

@@ -53,7 +53,7 @@ def read_evaluation(values: Mapping[str, object], *, parameters: Mapping[str, in
         parameters: of the models that are known, by name: an evaluation of another model is refused.
 
     Raises:
-        InvalidRequestError: a value is missing, no number, or belongs to another model.
+        InvalidRequestError: a value is missing, no number, belongs to another model, or contradicts another.
     """
     rows = values.get("rows")
     if not isinstance(rows, list | tuple) or not rows:
@@ -67,6 +67,7 @@ def read_evaluation(values: Mapping[str, object], *, parameters: Mapping[str, in
                 f"The evaluation's {row.model!r} has {row.parameters:,} parameters; here it has "
                 f"{parameters[row.model]:,}. Give the evaluation of this model."
             )
+    _check_rows({row.model: row for row in read})
     dataset = values.get("dataset")
     return Evaluation(
         rows=tuple(read),
@@ -74,6 +75,46 @@ def read_evaluation(values: Mapping[str, object], *, parameters: Mapping[str, in
         tokens=_count(values, "tokens"),
         dataset=dataset if isinstance(dataset, str) and is_hub_id(dataset) else None,
     )
+
+
+def check_adapter_size(evaluation: Evaluation, parameters: int) -> None:
+    """Check that an evaluation can be one of an adapter, by what the adapter adds to its base.
+
+    Args:
+        evaluation: from `read_evaluation`.
+        parameters: of the adapter.
+
+    Raises:
+        InvalidRequestError: the base with the adapter has another number of parameters than both together.
+    """
+    base, recovered = evaluation.row("base"), evaluation.row("base + recovered adapter")
+    if recovered is None:
+        return
+    added = None if base is None else recovered.parameters - base.parameters
+    if added not in (None, parameters) or recovered.parameters <= parameters:
+        found = f"{recovered.parameters:,} parameters" if added is None else f"{added:,} parameters more than the base"
+        raise InvalidRequestError(
+            f"The evaluation's {recovered.model!r} has {found}; this adapter has {parameters:,}. Give the evaluation "
+            "of this adapter."
+        )
+
+
+def _check_rows(rows: Mapping[str, MeasuredLoss]) -> None:
+    """Check what holds between the numbers of any evaluation."""
+    for row in rows.values():
+        if row.perplexity is not None and not math.isclose(
+            math.log(max(row.perplexity, 1e-300)), row.loss, abs_tol=0.01
+        ):
+            raise InvalidRequestError(
+                f"The evaluation's {row.model!r} has loss {row.loss:g} and perplexity {row.perplexity:g}, which is not "
+                "exp(loss). Give the JSON that 'loram eval --json' prints."
+            )
+    for alone, adapted in (("base", "base + recovered adapter"), ("pruned", "pruned + adapter")):
+        if alone in rows and adapted in rows and rows[adapted].parameters <= rows[alone].parameters:
+            raise InvalidRequestError(
+                f"The evaluation's {adapted!r} has {rows[adapted].parameters:,} parameters, no more than {alone!r} "
+                "without the adapter. Give the evaluation of this model."
+            )
 
 
 def _row(values: object) -> MeasuredLoss:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,7 +52,8 @@ def write_card(folder: Path, card: Card) -> tuple[str, ...]:
         Names of the written files.
 
     Raises:
-        InvalidRequestError: the manifest of the release lists one of the files: writing it would break the release.
+        InvalidRequestError: the manifest of the release lists one of the files: writing it would break the release; or
+            a folder in it is a link.
         ResourceError: the disk is full or not writable.
     """
     listed = set(read_manifest(folder).files) if is_release(folder) else set()
@@ -62,6 +63,7 @@ def write_card(folder: Path, card: Card) -> tuple[str, ...]:
             f"{folder} has {fixed[0]} in its {MANIFEST}: it is part of the release, and a new one would make it fail "
             "verification. Prune into a folder without it, then write the card."
         )
+    _refuse_links(folder, [*card.all_files, *GENERATED])
     written: dict[str, Path] = {}
     with resource_errors(f"Writing the card into {folder}"):
         try:
@@ -73,6 +75,15 @@ def write_card(folder: Path, card: Card) -> tuple[str, ...]:
             for partial in written.values():
                 partial.unlink(missing_ok=True)
     return tuple(card.all_files)
+
+
+def _refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Refuse links on the way to a file: whoever made the folder would choose where the card is written."""
+    for parent in sorted({parent for name in names for parent in Path(name).parents if parent != Path()}):
+        if (folder / parent).is_symlink():
+            raise InvalidRequestError(
+                f"{folder / parent} is a link; a card is written into the folder itself. Remove the link."
+            )
 
 
 def _partial(folder: Path, name: str) -> Path:

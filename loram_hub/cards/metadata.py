@@ -21,7 +21,9 @@ from loram_hub.cards.escaping import is_hub_id
 from loram_hub.cards.evaluations import Evaluation
 from loram_hub.licences import Licence
 
+LORAM_TAG = "loram"
 PAPER_TAG = "arxiv:2502.13533"
+"""Goes with `LORAM_TAG`: whatever else a card describes has nothing to do with the paper."""
 EVAL_RESULTS = ".eval_results/held_out_loss.yaml"
 """Where the Hub looks for results on a dataset of its own."""
 
@@ -45,7 +47,7 @@ class Described:
     licence: Licence
     """Of the base."""
     tags: Sequence[str]
-    """Besides the paper's."""
+    """Without the paper's, which `LORAM_TAG` brings."""
     datasets: Sequence[str] = ()
     """Hub ids of the data it was made with."""
     model: str
@@ -62,7 +64,7 @@ def card_data(described: Described, evaluation: Evaluation | None) -> ModelCardD
         base_model_relation=described.relation if has_base else None,
         library_name=described.library,
         pipeline_tag="text-generation",
-        tags=[*described.tags, PAPER_TAG],
+        tags=[*described.tags, *([PAPER_TAG] if LORAM_TAG in described.tags else [])],
         datasets=list(described.datasets) or None,
         model_name=described.title if results else None,
         eval_results=results or None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from loram_hub.cards.escaping import Markdown, code, hub_link, is_hub_id, json_block
 from loram_hub.cards.evaluations import read_evaluation
 from loram_hub.cards.folders import Card, notice_files
-from loram_hub.cards.metadata import Described, Relation, card_data, eval_results_file
+from loram_hub.cards.metadata import LORAM_TAG, Described, Relation, card_data, eval_results_file
 from loram_hub.cards.pictures import (
     ALIGNMENT_LOSS,
     KEPT_GROUPS,
@@ -100,7 +100,7 @@ def _described(release: Release, repo_id: str | None, licence: Licence) -> Descr
         relation=_relation(release),
         library="loram-hub",  # with `transformers`, the Hub would offer to serve a training proxy
         licence=licence,
-        tags=("loram", "pruned", *(("bitsandbytes", "4-bit") if release.is_quantized else ())),
+        tags=(LORAM_TAG, "pruned", *(("bitsandbytes", "4-bit") if release.is_quantized else ())),
         datasets=tuple(sorted({name for name in _corpora(manifest) if is_hub_id(name)})),
         model="pruned",
     )

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
 
-from loram_hub.adapter import max_lora_rank
+from loram_hub.adapter import MODEL_ID, max_lora_rank
 from loram_hub.doctor.rules import Target
+
+PLACEHOLDER = "BASE"
+"""Stands for the base model where nobody named one."""
+
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,255}")
+
+
+def unservable_name(base: str, revision: str | None) -> str | None:
+    """Say why no command can be given for a base that an adapter names; None if one can.
+
+    A name that is neither a folder here nor an id on the Hub could be an option of the server, or text that shows as
+    something else than what is run.
+    """
+    is_id = base.isascii() and MODEL_ID.fullmatch(base) is not None
+    if base.startswith("-") or not (is_id or os.path.isdir(os.path.expanduser(base))):
+        return f"the base is named {base!r:.200}, which is neither a folder here nor an id on the Hub; give --base"
+    if revision is not None and _REVISION.fullmatch(revision) is None:
+        return f"the base's revision is named {revision!r:.200}, which is none of the Hub's; give --revision"
+    return None
 
 
 def serving_command(
@@ -24,7 +44,7 @@ def serving_command(
         rank: largest rank of a module.
     """
     name = adapter_name(adapter)
-    pin = ("--revision", revision) if revision is not None and not Path(base).expanduser().is_dir() else ()
+    pin = ("--revision", revision) if revision is not None and not os.path.isdir(os.path.expanduser(base)) else ()
     if target == "vllm":
         lora = ("--enable-lora", "--max-lora-rank", str(max_lora_rank(rank)), "--lora-modules", f"{name}={adapter}")
         return (shlex.join(("vllm", "serve", base, *pin, *lora)),)
@@ -50,7 +70,7 @@ def adapter_name(adapter: str) -> str:
 
 
 def _llamacpp_commands(folder: Path, base: str) -> tuple[str, ...]:
-    is_folder = Path(base).expanduser().is_dir()
+    is_folder = os.path.isdir(os.path.expanduser(base))
     named = ("--base", base) if is_folder else ("--base-model-id", base)
     whole = (base,) if is_folder else (base, "--remote")
     return (

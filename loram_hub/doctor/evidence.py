@@ -20,20 +20,21 @@ from loram_hub.adapter import (
     WEIGHTS,
     AdapterConfig,
     adapted_shapes,
-    compile_pattern,
+    check_work,
+    known_architecture,
     linear_modules,
     parse_config,
     why_pruned,
 )
 from loram_hub.adapter import CONFIG as ADAPTER_CONFIG
-from loram_hub.architecture import FAMILIES, Architecture, architecture_of
-from loram_hub.errors import CheckpointError, InvalidRequestError, VerificationError
+from loram_hub.architecture import Architecture
+from loram_hub.errors import CheckpointError, UnsupportedAdapterError, VerificationError
 from loram_hub.files import MAX_JSON_BYTES, read_json
-from loram_hub.tensors import TensorInfo, is_finite, read_array, read_headers
+from loram_hub.tensors import TensorInfo, is_finite, read_array, read_headers, read_rows
 
 ADDED_TOKENS = "added_tokens.json"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
-
+_PIECE = 16 * 1024 * 1024
 
 _SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -70,12 +71,7 @@ class Evidence:
     @cached_property
     def architecture(self) -> Architecture | None:
         """Of the base model; None if its config is not at hand, is a release's, or is of an unknown family."""
-        if self.base_config is None or self.base_config.get("model_type") not in FAMILIES:
-            return None
-        try:
-            return architecture_of(self.base_config)
-        except InvalidRequestError:
-            return None
+        return known_architecture(self.base_config)
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
@@ -121,28 +117,32 @@ class Evidence:
     @cached_property
     def parsed(self) -> AdapterConfig | None:
         """What of the config says which modules are adapted; None if that cannot be told."""
-        values = {key: self.config[key] for key in _TARGETING if key in self.config}
-        if values.get("target_modules") in (None, "all-linear"):  # PEFT works the latter out from the model
+        if self.setting("target_modules") is None:
             return None
-        try:
-            config = parse_config({**values, "peft_type": "LORA", "r": 1, "lora_alpha": 1}, source=ADAPTER_CONFIG)
-            for pattern in (config.target_modules, config.exclude_modules, *config.layers_pattern):
-                if isinstance(pattern, str):
-                    compile_pattern(pattern)
-        except VerificationError:
-            return None
-        return config
+        found = self._parse(_TARGETING)
+        return found if isinstance(found, AdapterConfig) else None
 
     @cached_property
     def scaling(self) -> AdapterConfig | None:
         """What of the config says which ranks and scales modules have; None if that cannot be told."""
-        values = {key: self.config[key] for key in _SCALING if key in self.config}
+        found = self._parse(_SCALING) if self.r is not None and self.setting("lora_alpha") is not None else None
+        return found if isinstance(found, AdapterConfig) else None
+
+    @cached_property
+    def settings_problem(self) -> str | None:
+        """Why the values of the settings that every reader uses are not what they must be; None if they are."""
+        keys = {*_SCALING, *_TARGETING, "base_model_name_or_path", "revision"} - {"r"}
+        found = self._parse(tuple(keys))
+        return found if isinstance(found, str) else None
+
+    def _parse(self, keys: tuple[str, ...]) -> AdapterConfig | str:
+        """Read some settings strictly, others as if they were absent; returns what is wrong, if anything is."""
+        values = {key: self.config[key] for key in keys if self.config.get(key) is not None}
         try:
-            config = parse_config({**values, "peft_type": "LORA"}, source=ADAPTER_CONFIG)
-            for pattern in (*config.rank_pattern, *config.alpha_pattern):
-                compile_pattern(pattern)
-        except VerificationError:
-            return None
+            config = parse_config({"r": 1, "lora_alpha": 1, **values, "peft_type": "LORA"}, source=ADAPTER_CONFIG)
+            check_work(config, [*self.factors, *self.modules], source=ADAPTER_CONFIG)
+        except (UnsupportedAdapterError, VerificationError) as err:
+            return str(err).rstrip(".")
         return config
 
     def setting(self, key: str) -> Any:  # noqa: ANN401 (an untrusted value: the caller checks it)
@@ -183,6 +183,8 @@ def gather(folder: Path) -> Evidence:
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str | None, bool]:
     path = folder / ADAPTER_CONFIG
+    if path.exists() and not path.is_file():
+        return {}, f"{ADAPTER_CONFIG} is no regular file", False
     try:
         return read_json(path), None, True
     except CheckpointError:
@@ -194,7 +196,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], str | None, bool]:
 
 def _read_leniently(path: Path) -> dict[str, Any] | None:
     """Parse as servers do: of two equal keys the last one counts, and NaN is a number."""
-    if path.stat().st_size > MAX_JSON_BYTES:
+    if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:  # a pipe would be waited for
         return None
     try:
         values = json.loads(path.read_bytes())
@@ -216,11 +218,18 @@ def _read_weights(folder: Path) -> tuple[Mapping[str, TensorInfo], str | None, t
 
 
 def _is_finite(info: TensorInfo) -> bool:
-    return is_finite(read_array(info).reshape(-1).view(np.uint8).data, info.dtype)
+    """Look at a tensor's numbers in pieces of whole rows."""
+    if 0 in info.shape:
+        return True
+    if not info.shape:
+        return is_finite(read_array(info).tobytes(), info.dtype)
+    step = max(1, _PIECE * info.shape[0] // info.nbytes)
+    rows = (read_rows(info, i, min(i + step, info.shape[0])) for i in range(0, info.shape[0], step))
+    return all(is_finite(piece.reshape(-1).view(np.uint8).data, info.dtype) for piece in rows)
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
-    except VerificationError:  # a missing file included
+        return read_json(path) if path.is_file() else {}
+    except VerificationError:
         return {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from loram_hub.adapter import CONFIG as ADAPTER_CONFIG
 from loram_hub.adapter import MODEL_ID, RECORD, WEIGHTS, local_config
-from loram_hub.doctor.commands import serving_command
+from loram_hub.doctor.commands import PLACEHOLDER, serving_command, unservable_name
 from loram_hub.doctor.evidence import ADDED_TOKENS, Evidence, gather
 from loram_hub.doctor.rules import RULES, TARGETS, Severity, Target
 from loram_hub.errors import AccessError, CheckpointError, InvalidRequestError, VerificationError
@@ -68,7 +68,8 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     """Problems, the gravest first."""
     command: tuple[str, ...] | None
-    """Lines that serve it (for PEFT: lines of Python); None if the server refuses it or would answer wrongly."""
+    """Lines that serve it (for PEFT: lines of Python); None if the server refuses it or would answer wrongly,
+    or if the base has no name that a command could hold (a note says so)."""
     not_checked: tuple[str, ...]
     """What could not be checked, and why."""
     notes: tuple[str, ...]
@@ -131,9 +132,13 @@ def examine(
     evidence = replace(evidence, base=os.fspath(base) if base is not None else evidence.base, base_config=base_config)
     findings = tuple(sorted(_findings(evidence, target), key=lambda finding: _ORDER.index(finding.severity)))
     serves = all(finding.severity == "warning" for finding in findings)
-    command = serving_command(
-        target, adapter=name, folder=folder, base=evidence.base or "BASE", revision=revision, rank=evidence.rank
-    )
+    named = evidence.base or PLACEHOLDER
+    unnamed = unservable_name(named, revision)
+    command = None
+    if serves and unnamed is None:
+        command = serving_command(
+            target, adapter=name, folder=folder, base=named, revision=revision, rank=evidence.rank
+        )
     return Diagnosis(
         target=target,
         adapter=name,
@@ -141,9 +146,9 @@ def examine(
         revision=revision,
         rank=evidence.rank,
         findings=findings,
-        command=command if serves else None,
+        command=command,
         not_checked=tuple(_gaps(evidence)),
-        notes=_NOTES[target],
+        notes=(*_NOTES[target], *([f"no command: {unnamed}"] if serves and unnamed is not None else ())),
     )
 
 
@@ -181,9 +186,10 @@ def _find_base_config(
     if base is not None:
         return read_json(resolve_config(base, revision=revision, token=token))
     try:
-        found = local_config(evidence.base)
-        if found is not None or evidence.base is None or not is_remote or MODEL_ID.fullmatch(evidence.base) is None:
-            return found
+        if not is_remote:
+            return local_config(evidence.base)
+        if evidence.base is None or MODEL_ID.fullmatch(evidence.base) is None:
+            return None  # a path of whoever published the adapter is none to open here
         return read_json(resolve_config(evidence.base, revision=revision, token=token))
     except (AccessError, CheckpointError, VerificationError):
         return None  # `_gaps` says what was not checked for want of it

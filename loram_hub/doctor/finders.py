@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 
-from loram_hub.adapter import LM_HEAD_MODULE, MODEL_ID, PREFIX, VLLM_RANKS, factor_name, module_shape, pair_factors
+from loram_hub.adapter import (
+    LM_HEAD_MODULE,
+    MODEL_ID,
+    PLAIN_INITS,
+    PREFIX,
+    VLLM_RANKS,
+    factor_name,
+    is_all_linear,
+    module_shape,
+    pair_factors,
+)
 from loram_hub.doctor.evidence import Evidence
 from loram_hub.errors import LoramError, UnsupportedAdapterError, VerificationError
 
+LORA_GA = "lora_ga"
 VLLM_MAX_VOCABULARY = 258_048
 """vllm#34773."""
-
-# Initializations that leave the base weights alone; vLLM has the same list.
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
 def missing_config(evidence: Evidence) -> str | None:
@@ -84,8 +92,20 @@ def bias(evidence: Evidence) -> str | None:
 def changed_base(evidence: Evidence) -> str | None:
     """The initialization changed the base weights, so the factors are not meant for the original ones."""
     init = evidence.setting("init_lora_weights")
-    plain = not isinstance(init, str) or init.lower() in _PLAIN_INITS
+    plain = not isinstance(init, str) or init.lower() in (*PLAIN_INITS, LORA_GA)
     return None if plain else f"init_lora_weights is {init!r:.50}, which changes the base weights in training"
+
+
+def gradient_init(evidence: Evidence) -> str | None:
+    """LoRA-GA changed the base weights, and vLLM takes its name for one that does not."""
+    init = evidence.setting("init_lora_weights")
+    found = isinstance(init, str) and init.lower() == LORA_GA
+    return f"init_lora_weights is {init!r}, which changes the base weights in training" if found else None
+
+
+def unreadable(evidence: Evidence) -> str | None:
+    """A setting has a value of the wrong type, or a pattern that is none or could run for ever."""
+    return evidence.settings_problem
 
 
 def rank_pattern(evidence: Evidence) -> str | None:
@@ -229,7 +249,7 @@ def _is_target(evidence: Evidence, module: str) -> bool:
 def no_list(evidence: Evidence) -> str | None:
     """The targets are a regular expression."""
     found = evidence.setting("target_modules")
-    known = found in ("all", "all-linear")
+    known = found == "all" or is_all_linear(found)
     return f"target_modules is the pattern {found!r:.100}" if isinstance(found, str) and not known else None
 
 
@@ -266,7 +286,7 @@ def local_base(evidence: Evidence) -> str | None:
     named = evidence.setting("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return None
-    is_path = MODEL_ID.fullmatch(named) is None or Path(named).expanduser().is_dir()
+    is_path = MODEL_ID.fullmatch(named) is None or os.path.isdir(named)
     return f"the config names the base by a path of one machine, {named!r:.200}" if is_path else None
 
 

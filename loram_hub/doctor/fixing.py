@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from loram_hub.adapter import CONFIG as ADAPTER_CONFIG
 from loram_hub.adapter import (
@@ -34,7 +35,7 @@ from loram_hub.adapter import (
     write_adapter,
 )
 from loram_hub.architecture import Architecture, architecture_of
-from loram_hub.errors import InvalidRequestError, PlanMismatchError
+from loram_hub.errors import InvalidRequestError, PlanMismatchError, VerificationError
 from loram_hub.files import atomic_folder, read_json, refuse_existing, refuse_overlap, resource_errors
 from loram_hub.hub import resolve, resolve_config, source_of
 from loram_hub.tensors import read_headers
@@ -120,7 +121,7 @@ def fix(
         else read_json(resolve_config(base, revision=revision or pinned, token=token))
     )
     refuse_pruned(folder, base_config=config)
-    architecture = architecture_of(config) if config is not None else None
+    architecture = _architecture(config, lora)
     _check_fit(lora, architecture)
     scale = common_scale(lora.pairs)
     canonical = CanonicalAdapter(
@@ -152,6 +153,15 @@ def fix(
     )
 
 
+def _architecture(config: Mapping[str, Any] | None, lora: Adapter) -> Architecture | None:
+    if config is None:
+        return None
+    try:
+        return architecture_of(config)
+    except InvalidRequestError as err:
+        raise VerificationError(f"The config of the base that {lora.source} is for is unsound: {err}") from err
+
+
 def _name_base(
     lora: Adapter, base: str | os.PathLike[str] | None, revision: str | None
 ) -> tuple[str | None, str | None]:
@@ -161,9 +171,9 @@ def _name_base(
         return None, revision
     is_same = base is None or given == lora.config.base
     pinned = revision or (lora.config.revision if is_same else None)
-    if MODEL_ID.fullmatch(given) is not None and not Path(given).expanduser().is_dir():
+    if MODEL_ID.fullmatch(given) is not None and not os.path.isdir(os.path.expanduser(given)):
         return given, pinned
-    source = source_of(Path(given).expanduser())
+    source = source_of(Path(os.path.expanduser(given)))
     name = re.sub(r"[^\w.-]+", "-", source.id) if MODEL_ID.fullmatch(source.id) is None else source.id
     return name.strip("-.") or None, pinned or source.commit
 

@@ -135,6 +135,12 @@ RULES: tuple[Rule, ...] = (
         remedy=_RECOPY,
     ),
     Rule(
+        name="settings-unreadable",
+        find=finders.unreadable,
+        effects=_everywhere(_refused("its own reader fails on such a value, or computes something else", "all, read")),
+        remedy="Correct the value in adapter_config.json. " + _RECOPY,
+    ),
+    Rule(
         name="dora",
         find=finders.is_set("use_dora"),
         effects={
@@ -172,6 +178,17 @@ RULES: tuple[Rule, ...] = (
             "sglang": _wrong("it applies the factors to the unchanged base", SGLANG_READ),
             "llamacpp": _wrong("it applies the factors to the unchanged base", LLAMACPP_READ),
             "peft": _warning("it changes the base weights again while it loads the adapter", PEFT_READ),
+        },
+        remedy="Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+    ),
+    Rule(
+        name="lora-ga",
+        find=finders.gradient_init,
+        effects={
+            "vllm": _wrong("it applies the factors to the unchanged base", VLLM_READ),
+            "sglang": _wrong("it applies the factors to the unchanged base", SGLANG_READ),
+            "llamacpp": _wrong("it applies the factors to the unchanged base", LLAMACPP_READ),
+            "peft": _wrong("it adds the factors to the unchanged base", PEFT_READ),
         },
         remedy="Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...).",
     ),
