@@ -53,7 +53,7 @@ def main() -> None:
             report_to="none",
         ),
         train_dataset=load_dataset("json", data_files=options.tasks, split="train"),
-        processing_class=AutoTokenizer.from_pretrained(options.release),
+        processing_class=AutoTokenizer.from_pretrained(model.loram.folder),
         peft_config=LoraConfig(
             r=8, lora_alpha=16, lora_dropout=0.05, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
         ),

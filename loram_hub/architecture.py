@@ -342,11 +342,13 @@ def is_ignored_tensor(name: str) -> bool:
     return _IGNORED_TENSORS.search(name) is not None
 
 
-def architecture_of(config: Mapping[str, Any]) -> Architecture:
+def architecture_of(config: Mapping[str, Any], *, find_culprit: bool = True) -> Architecture:
     """Read the architecture from a transformers `config.json`.
 
     Args:
         config: the parsed file. Sizes that older files leave out take the family's defaults.
+        find_culprit: name the module that breaks the pattern, where the family is unknown; that takes torch and
+            transformers, if they are there, and seconds.
 
     Returns:
         The architecture.
@@ -360,7 +362,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise UnsupportedModelError(_why_unsupported(config))
+        raise UnsupportedModelError(_why_unsupported(config, find_culprit=find_culprit))
 
     heads = _size(config, "num_attention_heads")
     unsaid = (None if "num_key_value_heads" in config else family.default_num_key_value_heads) or heads
@@ -389,24 +391,24 @@ def _size(config: Mapping[str, Any], key: str, *, default: int | None = None) ->
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST[key]:
         raise InvalidRequestError(
-            f"config.json has {key} = {value!r}; a whole number from 1 to {_LARGEST[key]:,} is needed."
+            f"config.json has {key} = {value!r:.100}; a whole number from 1 to {_LARGEST[key]:,} is needed."
         )
     return value
 
 
-def _why_unsupported(config: Mapping[str, Any]) -> str:
+def _why_unsupported(config: Mapping[str, Any], *, find_culprit: bool) -> str:
     model_type = config.get("model_type")
     known = ", ".join(sorted(FAMILIES))
     if isinstance(model_type, str) and model_type.startswith("loram_"):
-        return f"model_type {model_type!r} is a release, which was pruned already; 'loram info' describes it."
+        return f"model_type {model_type!r:.100} is a release, which was pruned already; 'loram info' describes it."
     if isinstance(config.get("text_config"), Mapping):
         return (
-            f"model_type {model_type!r} wraps a language model in 'text_config' next to other modules (vision, audio). "
-            f"Export the language model alone and prune that. Supported: {known}."
+            f"model_type {model_type!r:.100} wraps a language model in 'text_config' next to other modules (vision, "
+            f"audio). Export the language model alone and prune that. Supported: {known}."
         )
-    culprit = _module_outside_pattern(model_type)
+    culprit = _module_outside_pattern(model_type) if find_culprit else None
     detail = f" Module {culprit!r} breaks the pattern of a gated MLP with q, k, v and o projections." if culprit else ""
-    return f"model_type {model_type!r} is not supported.{detail} Supported: {known}."
+    return f"model_type {model_type!r:.100} is not supported.{detail} Supported: {known}."
 
 
 def _module_outside_pattern(model_type: object) -> str | None:

@@ -8,6 +8,7 @@ the plan after its own constructor ran (on the meta device: no memory), and leav
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import json
 import logging
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -26,13 +28,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loram_hub.architecture import LAYER_PREFIX, Architecture, LayerSizes
 from loram_hub.checkpoint import CONFIG, INDEX_FILE, weight_files
-from loram_hub.errors import InvalidRequestError
+from loram_hub.errors import IncompatibleError, InvalidRequestError
 from loram_hub.files import dump_json
 from loram_hub.hub import fetch_release
 from loram_hub.manifest import NF4_DESCRIPTION, Manifest
 from loram_hub.release import MASK_INDEX, Release, base_config_of, release_config, seal_release
 
 logger = logging.getLogger(__name__)
+
+# What transformers raises for a config that it takes nothing from, or whose model cannot be built.
+_CANNOT_BUILD = (
+    StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ArithmeticError,
+    RuntimeError,
+)  # fmt: skip
 
 
 class AutoLoramModel:
@@ -87,7 +95,7 @@ class AutoLoramModel:
             release, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         chosen = _chosen_dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype, device_map)
-        config = _config_class(opened.architecture.family.model_type).from_dict(base_config_of(opened.config))
+        config = _model_config(opened)
         _set_compute_dtype(config, chosen)
         model_class = _pruned_class(opened)
         model: PreTrainedModel = model_class.from_pretrained(
@@ -102,6 +110,22 @@ class AutoLoramModel:
         _cast_unquantized_(model, chosen)
         _disable_cpu_repacking(model)
         return model
+
+
+def _model_config(release: Release) -> PreTrainedConfig:
+    """Make the base's config, and a model of it without weights: what transformers cannot build, it says here."""
+    model_type = release.architecture.family.model_type
+    try:
+        config: PreTrainedConfig = _config_class(model_type).from_dict(base_config_of(release.config))
+        base_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]])
+        with torch.device("meta"):
+            base_class(copy.deepcopy(config))
+    except _CANNOT_BUILD as err:
+        raise IncompatibleError(
+            f"transformers cannot build a model from {release.folder / CONFIG}: {type(err).__name__}: {err!s:.300}. "
+            "Prune the base again."
+        ) from err
+    return config
 
 
 def supported_dtype(device_type: str) -> torch.dtype:

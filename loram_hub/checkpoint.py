@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from loram_hub.errors import CheckpointError, VerificationError
 from loram_hub.files import MAX_INDEX_BYTES, dump_json, read_json, resource_errors
+from loram_hub.tensors import MAX_TENSORS
 from loram_hub.tensors import TensorInfo as TensorInfo
 from loram_hub.tensors import read_headers as read_headers
 
@@ -48,13 +49,16 @@ _NO_COMPANIONS = (
     ".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".cmd", ".ps1", ".js", ".html", ".htm",
     ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".zip", ".safetensors",
 )  # fmt: skip
-# What may lie beside a finished release, by folder: the Hub shows all of it and loads none.
-_BESIDE: Mapping[str, tuple[str, ...]] = {
-    "": (*COMPANIONS, "README.md", "*.png", "*.svg", ".gitattributes"),
-    "additional_chat_templates": ("*.jinja",),
+# What the Hub, git and file managers keep beside a model, by folder: nothing loads any of it.
+_NEVER_LOADED: Mapping[str, tuple[str, ...]] = {
+    "": (
+        "README.md", "*.png", "*.svg", "LICENSE*", "NOTICE*", "Notice*", "USE_POLICY*",
+        ".gitattributes", ".gitignore", ".DS_Store",
+    ),
     "pictures": ("*.png",),
     ".eval_results": ("*.yaml",),
-}
+}  # fmt: skip
+_LOADED: Mapping[str, tuple[str, ...]] = {"": COMPANIONS, "additional_chat_templates": ("*.jinja",)}
 _SETTINGS = ("generation_config.json", "tokenizer_config.json")
 _PLAIN_NAME = re.compile(r"[\w.+()-][\w .+()-]*[\w+()-]", re.ASCII)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
@@ -139,9 +143,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def is_companion(name: str) -> bool:
     """Whether a file, by its name inside the folder, is a tokenizer, licence, card, picture or evaluation result."""
+    return is_never_loaded(name) or _fits(name, _LOADED)
+
+
+def is_never_loaded(name: str) -> bool:
+    """Whether a file, by its name inside the folder, is one that no library opens: a card, picture or licence."""
+    return _fits(name, _NEVER_LOADED)
+
+
+def _fits(name: str, patterns: Mapping[str, tuple[str, ...]]) -> bool:
     inside, _, leaf = name.rpartition("/")
-    patterns = _BESIDE.get(inside, ())
-    return not _may_hold_code(name) and any(fnmatchcase(leaf, pattern) for pattern in patterns)
+    return not _may_hold_code(name) and any(fnmatchcase(leaf, pattern) for pattern in patterns.get(inside, ()))
 
 
 def _may_hold_code(name: str) -> bool:
@@ -153,10 +165,15 @@ def copy_companions(source: Path, target: Path) -> None:
 
     Left out is what a release may not hold: names that some systems read otherwise, and `auto_map`, which names code.
     """
+    taken: set[str] = set()
     with resource_errors(f"Writing {target}"):
         for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
             if not path.is_file() or _may_hold_code(path.name):
                 continue
+            if path.name.casefold() in taken:
+                logger.warning("Leaving out %r: it is one file with another where case does not count", path.name)
+                continue
+            taken.add(path.name.casefold())
             if _PLAIN_NAME.fullmatch(path.name) is None:
                 logger.warning("Leaving out %r: a name of plain ASCII letters is needed", path.name)
             elif path.name in _SETTINGS and b'"auto_map"' in path.read_bytes():
@@ -177,7 +194,8 @@ def weight_files(folder: Path) -> list[Path]:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(
-                f"{folder} lacks {len(missing)} of {len(files)} shards, first {missing[0]}. Download or copy it again."
+                f"{folder} lacks {len(missing)} of {len(files)} shards, first {missing[0]:.200}. "
+                "Download or copy it again."
             )
         return files
     pickled = [name for name in _PICKLES if (folder / name).exists()]
@@ -196,30 +214,41 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise VerificationError(
-                f"{folder / INDEX_FILE} places {name!r} in {file!r}; a file name in the same folder is needed."
+                f"{folder / INDEX_FILE} places {name!r:.200} in {file!r:.200}; "
+                "a file name in the same folder is needed."
             )
     return weight_map
 
 
-def index_tensors(folder: Path) -> dict[str, TensorInfo]:
+def index_tensors(folder: Path, *, most: int = MAX_TENSORS) -> dict[str, TensorInfo]:
     """Find every tensor of a checkpoint by the headers of its weight files.
+
+    Args:
+        folder: the checkpoint.
+        most: tensors over all files; no header is read once there are more.
 
     Raises:
         CheckpointError: see `weight_files`; or the index places a tensor in a file that does not hold it.
-        VerificationError: a header or the index is damaged, or a tensor is in two files.
+        VerificationError: a header or the index is damaged, a tensor is in two files, or there are too many.
     """
     files = weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in read_headers(file).items():
             if name in tensors:
-                raise VerificationError(f"Tensor {name!r} is in two shards: {tensors[name].file.name} and {file.name}.")
+                raise VerificationError(
+                    f"Tensor {name!r:.200} is in two shards: {tensors[name].file.name} and {file.name}."
+                )
             tensors[name] = info
+        if len(tensors) > most:
+            raise VerificationError(f"{folder} holds {len(tensors):,} tensors or more; at most {most:,} are believed.")
     if files[0].name != SINGLE_FILE:
         weight_map = _weight_map(folder)
         for name, shard in weight_map.items():
             if name not in tensors or tensors[name].file.name != shard:
-                raise CheckpointError(f"{folder / INDEX_FILE} places {name!r} in {shard}, which does not hold it.")
+                raise CheckpointError(
+                    f"{folder / INDEX_FILE} places {name!r:.200} in {shard:.200}, which does not hold it."
+                )
     return tensors
 
 

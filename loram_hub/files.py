@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -48,10 +49,14 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the file is missing.
-        VerificationError: it is too large, no JSON object, or has duplicate keys, NaN or excessive nesting.
+        VerificationError: it is too large, unreadable, no plain file, no JSON object, or has duplicate keys, NaN or
+            excessive nesting.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would keep its reader waiting
+            raise VerificationError(f"{path} is no plain file; JSON was expected there.")
+        size = status.st_size
         if size > max_bytes:
             raise VerificationError(f"{path} is {size:,} bytes; at most {max_bytes:,} are read. Is it the right file?")
         text = path.read_text(encoding="utf-8")
@@ -59,6 +64,8 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise CheckpointError(f"{path.name} is missing in {path.parent}.") from err
     except UnicodeDecodeError as err:
         raise VerificationError(f"{path} is not UTF-8 text: {err}") from err
+    except OSError as err:
+        raise VerificationError(f"{path!s:.300} cannot be read: {err.strerror or 'unknown reason'}.") from err
     return parse_json(text, source=str(path))
 
 
@@ -69,7 +76,7 @@ def parse_json(text: str, *, source: str) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise VerificationError(f"{source} has the key {twice!r} twice; which one counts cannot be told.")
+            raise VerificationError(f"{source} has the key {twice!r:.200} twice; which one counts cannot be told.")
         return found
 
     def refuse_constant(name: str) -> NoReturn:

@@ -21,4 +21,5 @@ def leads_out(path: Path, folder: Path) -> bool:
     if os.path.basename(snapshots) == "snapshots" and _COMMIT.fullmatch(commit):
         repository = os.path.dirname(snapshots)
         homes += [os.path.join(repository, "blobs"), os.path.join(os.path.dirname(repository), "blobs")]
-    return not any(target.startswith(place + os.sep) for place in homes)
+    # The store may itself be a link, to a disk with more room.
+    return not any(target.startswith(os.path.realpath(place) + os.sep) for place in homes)

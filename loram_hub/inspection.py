@@ -14,6 +14,7 @@ from loram_hub.checkpoint import read_config
 from loram_hub.errors import AccessError, IncompatibleError, InvalidRequestError, UnsupportedModelError
 from loram_hub.files import read_json
 from loram_hub.hub import METADATA_FILES, Source, fetch_release, resolve, resolve_config, source_of
+from loram_hub.hub.fetching import list_files
 from loram_hub.manifest import MANIFEST
 from loram_hub.plan import ParameterCounts, PruningSettings, parameter_counts, planned_sizes
 from loram_hub.release import (
@@ -21,6 +22,7 @@ from loram_hub.release import (
     Release,
     base_config_of,
     check_base_config,
+    check_repository,
     compare_weights,
     is_release,
     open_metadata,
@@ -162,6 +164,13 @@ def verify(
         return _verify_adapter(resolve(target, revision=source.commit, token=token), base, token)
     source, opened = fetch_release(target, revision=source.commit, token=token, remember=False)
     checked, not_checked = list(_CHECKED), list(_NEVER_CHECKED)
+    checked += [_CHECKED_NF4] if opened.is_quantized else []
+    if source.commit is not None and not Path(target).expanduser().is_dir():
+        why_not = _check_repository(opened, source, token)
+        checked += ["names of all files of the repository, as the Hub lists them"] if why_not is None else []
+        not_checked += [] if why_not is None else [why_not]
+    if opened.was_saved:
+        not_checked.append("a tokenizer that was saved beside the model, beyond code: the manifest does not list it")
     if full:
         refuse_incomparable(opened)
     if base is not None or full:
@@ -169,7 +178,8 @@ def verify(
     if not full:
         not_checked.append("kept weights against the base's: --full does that, where nothing was trained or quantized")
     if base is None and not full:
-        not_checked.append("the base's config and commit: --base does that")
+        commit = "" if opened.manifest.base.commit is None else " and commit"
+        not_checked.append(f"the base's config{commit}: --base does that")
     entries = opened.manifest.files
     return Verified(
         kind="release",
@@ -186,13 +196,23 @@ def verify(
 _CHECKED = (
     "names, kinds and links of all files",
     "size and SHA-256 of every file that the manifest lists, and the manifest's own",
-    "configs: no code, no other files, quantization as the manifest says, sizes in bounds",
+    "configs: no code, no other files, quantization as the manifest says, known settings in their bounds",
     "mask indexes: type, order, range, and the plan that the manifest names",
     "weights: every tensor of the plan and no other, type and shape of each, no NaN or infinity",
-    "NF4: lengths, block sizes, code tables, scales",
     "the manifest's parameter counts and ratio against the plan",
 )
+_CHECKED_NF4 = "NF4: lengths, block sizes, code tables, scales"
 _NEVER_CHECKED = ("whether the weights are good: loram eval measures that",)
+
+
+def _check_repository(release: Release, source: Source, token: str | bool | None) -> str | None:
+    """Check the names of the files that were not fetched as well; returns why that could not be done."""
+    try:
+        names = list_files(source.id, revision=source.commit, token=token)
+    except AccessError as err:
+        return f"files of the repository that were not fetched: {err}"
+    check_repository(names, release.manifest.files, source=f"{source.id} at {source.commit}")
+    return None
 
 
 def _check_base(release: Release, base: str | os.PathLike[str] | None, token: str | bool | None, *, full: bool) -> str:
@@ -212,10 +232,13 @@ def _check_base(release: Release, base: str | os.PathLike[str] | None, token: st
             "Give that commit."
         )
     check_base_config(release, config)
+    compared = "the base's config: its SHA-256, and every setting of the release"
+    if named.commit is not None and named.commit in (found.commit, commit):
+        compared += "; the base's commit"
     if not full:
-        return "the base's config and commit"
+        return compared
     nbytes = compare_weights(release, resolve(wanted, revision=commit, token=token).folder)
-    return f"the base's config and commit, and {nbytes:,} bytes of kept weights, bit by bit"
+    return f"{compared}; {nbytes:,} bytes of kept weights, bit by bit"
 
 
 def _verify_adapter(source: Source, base: str | os.PathLike[str] | None, token: str | bool | None) -> Verified:
@@ -223,7 +246,7 @@ def _verify_adapter(source: Source, base: str | os.PathLike[str] | None, token: 
     architecture = None
     if folder is not None:
         check_base(source.folder, folder, commit=source_of(folder).commit)
-        architecture = architecture_of(read_config(folder))
+        architecture = architecture_of(read_config(folder), find_culprit=False)
     found = check_adapter(source.folder, architecture=architecture)
     checked = [
         "names, kinds and links of all files",
@@ -261,7 +284,7 @@ def _base_of(
         return None, f"the base model is named {named!r:.100}, which is no Hub id"
     try:
         config = resolve_config(named, revision=pinned_revision(source.folder, named), token=token)
-        architecture_of(read_config(config.parent))
+        architecture_of(read_config(config.parent), find_culprit=False)
     except (AccessError, UnsupportedModelError) as err:
         return None, f"the base model {named} could not be looked at: {err}"
     return config.parent, None

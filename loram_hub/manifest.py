@@ -120,13 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
         IncompatibleError: the format is newer than this package.
     """
     values = read_json(folder / MANIFEST)
-    version = values.get("format")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise VerificationError(f"{folder / MANIFEST} has format {version!r}; a positive whole number is needed.")
-    if version > FORMAT:
-        raise IncompatibleError(
-            f"{folder} is a release of format {version}; this loram-hub reads up to format {FORMAT}. Upgrade loram-hub."
-        )
+    version = _known_version(folder, values)
     source = str(folder / MANIFEST)
     values = check_seal(folder / MANIFEST, values)
     _check_texts({key: value for key, value in values.items() if key != "files"}, source)  # names have stricter rules
@@ -146,6 +140,24 @@ def read_manifest(folder: Path) -> Manifest:
     )
     _check_values(manifest, source)
     return manifest
+
+
+def refuse_newer(folder: Path) -> None:
+    """Raise `IncompatibleError` if there is a manifest of a newer format, which may want other files than this one."""
+    if (folder / MANIFEST).is_file():
+        _known_version(folder, read_json(folder / MANIFEST))
+
+
+def _known_version(folder: Path, values: Mapping[str, Any]) -> int:
+    version = values.get("format")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise VerificationError(f"{folder / MANIFEST} has format {version!r:.100}; a positive whole number is needed.")
+    if version > FORMAT:
+        raise IncompatibleError(
+            f"{folder} is a release of format {_short(version)}; this loram-hub reads up to format {FORMAT}. "
+            "Upgrade loram-hub."
+        )
+    return version
 
 
 def _check_values(manifest: Manifest, source: str) -> None:
@@ -183,7 +195,7 @@ def _check_values(manifest: Manifest, source: str) -> None:
             raise VerificationError(
                 f"{source} has {what} {text!r:.100}; 1 to {_MAX_TEXT} printable characters are needed."
             )
-    if base.id.startswith("/") or "\\" in base.id or ".." in base.id.split("/") or base.id.count("/") > 1:
+    if base.id.startswith(("/", "~")) or "\\" in base.id or ".." in base.id.split("/") or base.id.count("/") > 1:
         raise VerificationError(f"{source} has base.id {base.id!r:.100}; a Hub id or a bare name is needed, no path.")
 
 
@@ -239,7 +251,7 @@ def _record(kind: type[_T], values: Mapping[str, Any], source: str) -> _T:
     for name, declared in fields.items():
         value = values[name]
         if not isinstance(value, _FIELD_TYPES[declared.type]) or isinstance(value, bool):
-            raise VerificationError(f"{source}: {kind.__name__}.{name} is {value!r}; {declared.type} is needed.")
+            raise VerificationError(f"{source}: {kind.__name__}.{name} is {value!r:.100}; {declared.type} is needed.")
     return kind(**values)
 
 
@@ -247,14 +259,14 @@ def _check_fields(kind: type, values: Mapping[str, Any], source: str) -> Mapping
     fields: Mapping[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]  # always a dataclass here
     if set(values) != set(fields):
         odd = sorted(set(values) ^ set(fields))
-        raise VerificationError(f"{source}: {kind.__name__} has missing or unknown fields {odd}.")
+        raise VerificationError(f"{source}: {kind.__name__} has missing or unknown fields {odd!r:.300}.")
     return fields
 
 
 def _typed(values: Mapping[str, Any], key: str, kind: type, source: str) -> Any:  # noqa: ANN401 (checked here)
     value = values.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise VerificationError(f"{source} has {key} = {value!r}; {kind.__name__} is needed.")
+        raise VerificationError(f"{source} has {key:.100} = {value!r:.100}; {kind.__name__} is needed.")
     return value
 
 

@@ -20,7 +20,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,9 @@ from loram_hub.adapter import (
     write_adapter,
 )
 from loram_hub.errors import (
+    AccessError,
     CheckpointError,
+    IncompatibleError,
     InvalidRequestError,
     LoramError,
     PlanMismatchError,
@@ -56,6 +58,7 @@ from loram_hub.errors import (
 )
 from loram_hub.files import atomic_folder, refuse_existing, resource_errors
 from loram_hub.hub import ADAPTER_FILES, METADATA_FILES, resolve, source_of
+from loram_hub.hub.fetching import cached_commits
 from loram_hub.release import Release, open_metadata
 
 if TYPE_CHECKING:
@@ -74,6 +77,11 @@ class RecoveredAdapter:
     """The original model: Hub id, or the folder's name if it was never on the Hub."""
     revision: str | None
     """Commit of the original model."""
+    release_commit: str | None
+    """Commit of the release that was taken; None if that was a folder outside of the Hub cache."""
+    assumed: bool
+    """Whether nothing said which revision was trained on, so that the latest was taken: if that is another one, the
+    adapter is worthless."""
     rank: int
     """Rank of every module."""
     alpha: int
@@ -99,9 +107,8 @@ class _Origin:
     id: str
     """Hub id, or the folder's name."""
     commit: str | None
-    name: str | None = None
-    """What it was opened by, with `revision`; None if it was open already."""
-    revision: str | None = None
+    assumed: bool = False
+    """See `RecoveredAdapter`."""
 
 
 def recover(
@@ -125,7 +132,8 @@ def recover(
         dtype: type of the written factors. Factors of another type are rounded once.
         overwrite: replace an existing folder.
         dry_run: check everything and say what would be written, without writing.
-        revision: of the release on the Hub; None for the one the adapter names.
+        revision: of the release on the Hub. None for the one the adapter names; if it names none, for the one whose
+            weights are in the cache of this machine; if there is none, for the latest, with a warning.
         token: of the Hub.
 
     Returns:
@@ -135,7 +143,7 @@ def recover(
         UnsupportedAdapterError: the adapter has no full-size equivalent (DoRA, modules_to_save, ...), or has full size.
         PlanMismatchError: it was trained on another release.
         VerificationError: a file is torn, altered, or holds NaN.
-        InvalidRequestError: `out_dir` exists, or no release is known.
+        InvalidRequestError: `out_dir` exists, or no release is known, or several revisions of it come into question.
         AccessError: the Hub refused or could not be reached.
 
     Example:
@@ -149,8 +157,9 @@ def recover(
         raise InvalidRequestError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed.")
     trained, trained_on = _open_adapter(adapter, token)
     _refuse_recovered(trained)
-    origin = _find_origin(trained, trained_on, release, revision, token)
-    _check_plan(trained, trained_on, origin)
+    known = _known_digest(trained, trained_on)
+    origin = _find_origin(trained, trained_on, known, release, revision, token)
+    _check_plan(trained, known, origin, token)
     shapes = _full_shapes(trained, origin)
     trained.check_targets(linear_modules(origin.release.architecture))
     canonical, scales = _canonical(trained, origin.release, shapes, dtype)
@@ -174,6 +183,8 @@ def recover(
         folder=target,
         base_id=origin.release.manifest.base.id,
         revision=canonical.revision,
+        release_commit=origin.commit,
+        assumed=origin.assumed,
         rank=canonical.r,
         alpha=canonical.lora_alpha,
         modules=tuple(canonical.modules),
@@ -208,33 +219,84 @@ def _refuse_recovered(adapter: Adapter) -> None:
 def _find_origin(
     adapter: Adapter,
     trained_on: Release | None,
+    known: str | None,
     release: str | os.PathLike[str] | None,
     revision: str | None,
     token: str | bool | None,
 ) -> _Origin:
-    if release is not None:
-        return _open_origin(release, revision, token)
-    if trained_on is not None:
+    if release is None and trained_on is not None:
         return _origin(trained_on)
     config = adapter.config
-    if config.base is None:
+    name = config.base if release is None else os.fspath(release)
+    if name is None:
         raise InvalidRequestError(
             f"{adapter.source} does not say which release it was trained on. Give the release, as a folder or Hub id."
         )
-    revision = revision or config.revision
-    if revision is None and not Path(config.base).expanduser().is_dir():
-        logger.warning("The adapter names %s without a revision; the latest is taken", config.base)
+    if name == config.base:
+        revision = revision or config.revision
     try:
-        return _open_origin(config.base, revision, token)
+        if revision or _is_folder(name):
+            return _open_origin(name, revision, token)
+        return _open_unpinned(adapter, name, known, token)
     except CheckpointError as err:
+        if release is not None:
+            raise
         raise CheckpointError(
-            f"{adapter.source} says that it was trained on {config.base}, which is no release here: {err} "
+            f"{adapter.source} says that it was trained on {name}, which is no release here: {err} "
             "Give the release, as a folder or Hub id."
         ) from err
 
 
-def _open_origin(name: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> _Origin:
-    return _origin(open_metadata(resolve(name, revision=revision, token=token, files=METADATA_FILES).folder))
+def _open_unpinned(adapter: Adapter, name: str, known: str | None, token: str | bool | None) -> _Origin:
+    """Open a Hub id of which nobody said the revision: at the commit that was loaded here, for the name may have moved.
+
+    Raises:
+        InvalidRequestError: commits with different plans were loaded here.
+    """
+    here = [origin for origin in _origins_here(name, token) if known in (None, origin.release.plan.digest)]
+    if len({origin.release.plan.digest for origin in here}) > 1:
+        commits = ", ".join(f"{origin.commit} (plan {origin.release.plan.digest[:12]})" for origin in here)
+        raise InvalidRequestError(
+            f"{adapter.source} does not say which revision of {name} it was trained on, and the weights of several "
+            f"with different plans are on this machine: {commits}. Give the one it was trained on (--revision)."
+        )
+    if here:
+        logger.info("Nothing says which revision of %s; taken is %s, whose weights are here", name, here[0].commit)
+        return here[0]
+    if known is None:
+        logger.warning(
+            "Nothing says which revision of %s %s was trained on, and no weights of it are on this machine; the latest "
+            "is taken. If that keeps other channel groups, the recovered adapter is worthless",
+            name,
+            adapter.source,
+        )
+    return replace(_open_origin(name, None, token), assumed=known is None)
+
+
+def _origins_here(name: str, token: str | bool | None) -> list[_Origin]:
+    """Open the commits of a Hub id whose weights are on this machine, those that arrived last first."""
+    found = []
+    for commit in cached_commits(name):
+        try:
+            found.append(_open_commit(name, commit, token))
+        except (AccessError, IncompatibleError, VerificationError) as err:
+            logger.warning("%s at %s opens as no release, and is passed over: %s", name, commit, err)
+    return found
+
+
+def _open_commit(name: str, commit: str, token: str | bool | None) -> _Origin:
+    """Open a commit from the cache alone; if it is damaged there, with the help of the Hub."""
+    try:
+        return _open_origin(name, commit, token, local_files_only=True)
+    except VerificationError:
+        return _open_origin(name, commit, token)
+
+
+def _open_origin(
+    name: str, revision: str | None, token: str | bool | None, *, local_files_only: bool = False
+) -> _Origin:
+    source = resolve(name, revision=revision, token=token, local_files_only=local_files_only, files=METADATA_FILES)
+    return _origin(open_metadata(source.folder))
 
 
 def _origin(release: Release) -> _Origin:
@@ -242,12 +304,16 @@ def _origin(release: Release) -> _Origin:
     return _Origin(release=release, id=source.id, commit=source.commit)
 
 
-def _check_plan(adapter: Adapter, trained_on: Release | None, origin: _Origin) -> None:
+def _is_folder(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
+
+
+def _check_plan(adapter: Adapter, known: str | None, origin: _Origin, token: str | bool | None) -> None:
     """Compare the plan with the one the adapter was trained on, where that is at hand.
 
     Two releases of one ratio give equal shapes and different kept groups: the factors would land on the wrong channels.
     """
-    digest = _trained_digest(adapter, trained_on, origin)
+    digest = _named_digest(adapter, origin, token) if known is None else known
     if digest is not None and digest != origin.release.plan.digest:
         raise PlanMismatchError(
             f"{adapter.source} was trained on plan {digest[:12]} (release {adapter.config.base}); {origin.id} has plan "
@@ -256,21 +322,39 @@ def _check_plan(adapter: Adapter, trained_on: Release | None, origin: _Origin) -
         )
 
 
-def _trained_digest(adapter: Adapter, trained_on: Release | None, origin: _Origin) -> str | None:
-    """Return the plan digest of the release that the adapter itself names; None, with a warning, if it is gone."""
+def _known_digest(adapter: Adapter, trained_on: Release | None) -> str | None:
+    """Return the plan digest that the adapter records, or that of the model it lives on, if it names that model."""
     recorded = adapter.record.get("plan_sha256")
     if isinstance(recorded, str):
         return recorded
+    if trained_on is None:
+        return None
     base, revision = adapter.config.base, adapter.config.revision
-    if trained_on is not None and (base is None or Path(base) == Path(os.path.abspath(trained_on.folder))):
-        return trained_on.plan.digest
-    if base is not None and base == origin.name and revision in (origin.revision, None):
-        return None  # it names what was opened
+    source = source_of(trained_on.folder)
+    if source.commit is not None and base == source.id:
+        is_named = revision in (None, "", source.commit)
+    else:
+        is_named = base is None or Path(base) == Path(os.path.abspath(trained_on.folder))
+    return trained_on.plan.digest if is_named else None
+
+
+def _named_digest(adapter: Adapter, origin: _Origin, token: str | bool | None) -> str | None:
+    """Return the plan digest of the release that the adapter itself names; None, with a warning, if it is gone.
+
+    A Hub id without a revision names no plan. What was opened is then held against the commits that were loaded here,
+    but the caller's word stands: they need not be what it was trained on.
+    """
+    base, revision = adapter.config.base, adapter.config.revision
     try:
         if base is None:
             raise CheckpointError("it names none.")
-        source = resolve(base, revision=revision, local_files_only=True, files=METADATA_FILES)
-        return open_metadata(source.folder).plan.digest
+        if revision or _is_folder(base):
+            return _open_origin(base, revision, token, local_files_only=True).release.plan.digest
+        if origin.commit is not None and origin.id == base:
+            return None
+        if origin.release.plan.digest in {here.release.plan.digest for here in _origins_here(base, token)}:
+            return None
+        raise CheckpointError(f"it names {base} without a revision.")
     except LoramError as err:
         logger.warning(
             "%s cannot be compared with the release it was trained on: %s Shapes fit %s; if that keeps other channel "

@@ -155,10 +155,23 @@ def read_rows(info: TensorInfo, first: int, last: int) -> npt.NDArray[Any]:
     """
     row = info.nbytes // info.shape[0]
     with info.file.open("rb") as file:
-        data = os.pread(file.fileno(), (last - first) * row, info.start + first * row)
+        data = _pread(file.fileno(), (last - first) * row, info.start + first * row)
     if len(data) != (last - first) * row:
         raise CheckpointError(f"{info.file} ends within a tensor. Download or copy it again.")
     return np.frombuffer(data, dtype=_DTYPES[info.dtype]).reshape(last - first, *info.shape[1:])
+
+
+def _pread(descriptor: int, nbytes: int, start: int) -> bytes:
+    """Read up to `nbytes`, in as many calls as it takes: Linux gives 2 GiB at a time at most."""
+    first = os.pread(descriptor, nbytes, start)
+    if len(first) in (0, nbytes):
+        return first
+    parts = [first]
+    read = len(first)
+    while read < nbytes and (part := os.pread(descriptor, nbytes - read, start + read)):
+        parts.append(part)
+        read += len(part)
+    return b"".join(parts)
 
 
 def read_array(info: TensorInfo) -> npt.NDArray[Any]:

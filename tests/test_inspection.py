@@ -78,6 +78,25 @@ def test_verify_compares_a_release_on_the_hub_with_its_base(hub: HubServer, tmp_
     assert any(re.search("bytes of kept weights, bit by bit", phrase) for phrase in json.loads(full.stdout)["checked"])
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "modeling_evil.py", "x/chat_template.jinja"])
+def test_verify_looks_at_names_that_are_never_fetched(hub: HubServer, base: Path, tmp_path: Path, name: str) -> None:
+    prune(base, tmp_path / "release", importance="random", keep_first=1, keep_last=1)
+    hub.add_repo("org/sound", tmp_path / "release")
+    (tmp_path / "release" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "release" / name).write_text("anything")
+    hub.add_repo("org/release", tmp_path / "release")
+
+    sound = loram(hub, tmp_path / "home", "verify", "org/sound", "--json")
+    assert sound.returncode == 0, sound.stderr
+    assert any("as the Hub lists them" in phrase for phrase in json.loads(sound.stdout)["checked"])
+    offline = loram(hub, tmp_path / "home", "verify", "org/sound", "--json", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert any("not fetched" in gap for gap in json.loads(offline.stdout)["not_checked"])
+    run = loram(hub, tmp_path / "home", "verify", "org/release")
+    assert run.returncode == 3, run.stdout
+    assert f"holds {name}, which its manifest does not list" in run.stderr
+
+
 def test_verify_of_an_adapter_on_the_hub_compares_it_with_the_base_it_names(hub: HubServer, tmp_path: Path) -> None:
     assert loram(hub, tmp_path / "home", "prune", "org/base", tmp_path / "out", *STRUCTURE).returncode == 0
     tensors = random_factors(projections(open_metadata(tmp_path / "out").plan))

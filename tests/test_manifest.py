@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from loram_hub.errors import CheckpointError, IncompatibleError, VerificationError
+from loram_hub.folders import leads_out
 from loram_hub.manifest import (
     FORMAT,
     MANIFEST,
@@ -272,3 +274,25 @@ def test_a_value_that_cannot_be_is_refused(tmp_path: Path, change: Change, messa
     with pytest.raises(VerificationError, match=message) as caught:
         read_manifest(write(tmp_path, values))
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_a_manifest_that_is_no_plain_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / MANIFEST)
+
+    with pytest.raises(VerificationError, match="is no plain file"):
+        read_manifest(tmp_path)
+
+
+def test_a_hub_cache_may_keep_its_blobs_on_another_disk(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "models--org--name" / "blobs").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "abc").write_text("content")
+    (tmp_path / "secret").write_text("content")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    (snapshot / "other.json").symlink_to(tmp_path / "secret")
+
+    assert not leads_out(snapshot / "config.json", snapshot)
+    assert leads_out(snapshot / "other.json", snapshot)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from loram_hub.architecture import architecture_of
-from loram_hub.checkpoint import CONFIG, ShardWriter
+from loram_hub.checkpoint import CONFIG, INDEX_FILE, SINGLE_FILE, ShardWriter
 from loram_hub.errors import (
     CheckpointError,
     IncompatibleError,
@@ -667,6 +669,47 @@ def test_numbers_are_not_looked_at_again_where_a_hash_is_remembered(release: Pat
 
     verify(release, sha256=sha256_of)  # stands for a hash that is remembered since the numbers were looked at
     with pytest.raises(VerificationError, match=r"'model\.norm\.weight' in .* holds NaN"):
+        verify(release)
+
+
+def test_a_newer_format_is_named_also_where_it_has_other_files(release: Path) -> None:
+    values = json.loads((release / MANIFEST).read_text())
+    (release / MANIFEST).write_text(json.dumps(values | {"format": 2}))
+    (release / MASK_INDEX).unlink()
+
+    with pytest.raises(IncompatibleError, match="of format 2; this loram-hub reads up to format 1"):
+        verify(release)
+
+
+def test_an_unknown_family_is_refused_without_torch(release: Path) -> None:
+    config = json.loads((release / CONFIG).read_text()) | {"model_type": "loram_gpt2"}
+    (release / CONFIG).write_text(json.dumps(config))
+    reseal(release)
+    code = (
+        "import sys; from loram_hub.release import verify\n"
+        "try: verify(sys.argv[1])\n"
+        "except ValueError as err: print(err, {'torch', 'transformers'} & set(sys.modules))"
+    )
+
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(release)], capture_output=True, text=True, check=True, timeout=60
+    )
+
+    assert "'gpt2' is not supported" in run.stdout
+    assert run.stdout.rstrip().endswith("set()")
+
+
+def test_tensors_are_counted_over_all_shards(release: Path) -> None:
+    header = {f"x{number}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for number in range(1000)}
+    for shard in range(1, 5):
+        text = json.dumps({f"{shard}{name}": entry for name, entry in header.items()}).encode()
+        (release / f"model-{shard:05d}-of-00004.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    weight_map = {f"{shard}x0": f"model-{shard:05d}-of-00004.safetensors" for shard in range(1, 5)}
+    (release / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    (release / SINGLE_FILE).unlink()
+    reseal(release)
+
+    with pytest.raises(VerificationError, match="holds 1,000 tensors or more; at most"):
         verify(release)
 
 

@@ -13,6 +13,7 @@ from loram_hub.release.comparison import refuse_incomparable as refuse_incompara
 from loram_hub.release.configuration import MODEL_TYPE_PREFIX as MODEL_TYPE_PREFIX
 from loram_hub.release.configuration import base_config_of as base_config_of
 from loram_hub.release.configuration import release_config as release_config
+from loram_hub.release.contents import check_repository as check_repository
 from loram_hub.release.mask_index import MASK_INDEX as MASK_INDEX
 from loram_hub.release.mask_index import read_mask_index as read_mask_index
 from loram_hub.release.mask_index import write_mask_index as write_mask_index

@@ -8,22 +8,32 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from loram_hub.checkpoint import index_tensors
+from loram_hub.checkpoint import CONFIG, index_tensors
 from loram_hub.errors import IncompatibleError, InvalidRequestError, VerificationError
-from loram_hub.files import sha256_of
+from loram_hub.files import read_json, sha256_of
+from loram_hub.release.configuration import release_config
 from loram_hub.release.opening import Release
 from loram_hub.tensors import TensorInfo, item_bytes, read_array, read_rows
 
 _PIECE = 8 * 1024 * 1024  # bytes of the base that are in memory at a time
 
+# What a release may say otherwise than its base: how it is stored, and who wrote it.
+_CHANGES = frozenset(
+    {"loram", "quantization_config", "dtype", "torch_dtype", "transformers_version", "architectures", "use_cache"}
+)
+_TRAINERS_CHANGE = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+
 Kept = npt.NDArray[np.int64] | None
 
 
 def check_base_config(release: Release, config: Path) -> None:
-    """Compare the base's `config.json` with the one that the release was pruned with.
+    """Compare the base's `config.json` with the one that the release was pruned with, and with the release's own.
+
+    What was saved from memory may say the same in other words, and trainers set its special tokens: there only values
+    that both have are compared.
 
     Raises:
-        IncompatibleError: it is another: weights and shapes may have changed since.
+        IncompatibleError: it is another: weights and shapes may have changed since; or the release's says other things.
     """
     expected, found = release.manifest.base.config_sha256, sha256_of(config)
     if found != expected:
@@ -31,6 +41,28 @@ def check_base_config(release: Release, config: Path) -> None:
             f"{config} has SHA-256 {found[:12]}..., the release was pruned from a base with {expected[:12]}.... "
             f"Give {release.manifest.base.id} at commit {release.manifest.base.commit or 'unknown (a local folder)'}."
         )
+    source = read_json(config)
+    if not isinstance(source.get("model_type"), str):
+        raise IncompatibleError(f"{config} has no model_type, which the base of a release has.")
+    base = release_config(source)
+    ignored = _CHANGES | (_TRAINERS_CHANGE if release.was_saved else frozenset())
+    for key in sorted({*base, *release.config} - ignored):
+        has, had = release.config.get(key), base.get(key)
+        same = _agree(has, had) if release.was_saved else has == had
+        if not same:
+            raise IncompatibleError(
+                f"{release.folder / CONFIG} has {has!r:.100} for {key}, the base's has {had!r:.100}: the model would "
+                "compute something else than the one it was pruned from. Do not use it."
+            )
+
+
+def _agree(one: object, other: object) -> bool:
+    """Whether two values say the same as far as both say anything."""
+    if one is None or other is None:
+        return True
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(_agree(one[key], other[key]) for key in set(one) & set(other))
+    return one == other
 
 
 def refuse_incomparable(release: Release) -> None:
@@ -42,7 +74,7 @@ def refuse_incomparable(release: Release) -> None:
         else "was aligned"
         if manifest.alignment is not None
         else "was saved from memory, where it may have been trained"
-        if "saved" in manifest.recipe
+        if release.was_saved
         else None
     )
     if why is not None:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from loram_hub.architecture import Architecture, architecture_of
 from loram_hub.checkpoint import CONFIG
 from loram_hub.errors import IncompatibleError, InvalidRequestError, VerificationError
-from loram_hub.files import read_json
+from loram_hub.files import dump_json, read_json
 from loram_hub.manifest import FLOAT_TYPES, FORMAT
 from loram_hub.release.nf4 import bitsandbytes_config
+from loram_hub.release.settings import (
+    MODEL_KEYS,
+    check_generation_settings,
+    check_model_settings,
+    sound_generation_settings,
+)
 from loram_hub.seals import check_depth
+
+logger = logging.getLogger(__name__)
+
+GENERATION_CONFIG = "generation_config.json"
+_MENDED = (GENERATION_CONFIG, "tokenizer_config.json")
 
 MODEL_TYPE_PREFIX = "loram_"
 """Releases carry a `model_type` of their own: with the base's, stock transformers opens an NF4 release without a word
@@ -56,14 +69,15 @@ _IMPLEMENTATION_KEYS = frozenset(
 )
 _LARGEST_NUMBER = 2**63
 _LONGEST_TEXT = 100_000
+# transformers writes 10^30 for "no limit".
+_LENGTH = re.compile(r"(model_)?max_(\w*_)?len(gth)?", re.ASCII)
 
 
 def release_config(
     base_config: Mapping[str, Any], *, quantization_config: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Make the `config.json` of a release from the base model's."""
-    left_out = {*REFUSED_KEYS, *_IMPLEMENTATION_KEYS, "_name_or_path"}
-    config = {key: value for key, value in base_config.items() if key not in left_out}
+    """Make the `config.json` of a release from the base model's: of its settings those that the families here have."""
+    config: dict[str, Any] = {key: without_refused(value) for key, value in base_config.items() if key in MODEL_KEYS}
     config["model_type"] = MODEL_TYPE_PREFIX + str(base_config["model_type"])
     config["loram"] = {"format": 1}
     if quantization_config is not None:
@@ -96,7 +110,7 @@ def architecture_in(config: Mapping[str, Any]) -> Architecture:
         UnsupportedModelError: the family is unknown here.
     """
     try:
-        return architecture_of(base_config_of(config))
+        return architecture_of(base_config_of(config), find_culprit=False)
     except InvalidRequestError as err:  # nobody asked for anything: the file is at fault
         raise VerificationError(str(err)) from err
 
@@ -113,7 +127,7 @@ def check_keys(values: Mapping[str, Any], *, source: str) -> None:
     """
     check_depth(values, source=source)
     for key, value in _pairs(values):
-        if key in REFUSED_KEYS:
+        if key in REFUSED_KEYS and value is not None and value is not False:  # which say "no"
             raise VerificationError(
                 f"{source} has the key {key}, which {REFUSED_KEYS[key]}. Remove it and make a new release."
             )
@@ -121,7 +135,7 @@ def check_keys(values: Mapping[str, Any], *, source: str) -> None:
             raise VerificationError(f"{source} asks for {key} {value!r:.100}, which would fetch and run compiled code.")
         if isinstance(value, str) and len(value) > _LONGEST_TEXT and key != "chat_template":
             raise VerificationError(f"{source} has {len(value):,} characters under {key!r:.100}.")
-        if isinstance(value, int | float) and abs(value) > _LARGEST_NUMBER and key != "model_max_length":
+        if isinstance(value, int | float) and abs(value) > _LARGEST_NUMBER and not _LENGTH.fullmatch(key):
             raise VerificationError(f"{source} has a number beyond 2^63 under {key!r:.100}.")
 
 
@@ -163,13 +177,62 @@ def check_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | No
             )
 
 
-def check_companion(path: Path) -> None:
+def check_settings(config: Mapping[str, Any], architecture: Architecture, *, source: str) -> None:
+    """Check every setting of a release's config: known to the families here, of its type, within bounds.
+
+    Raises:
+        VerificationError: see `settings.check_model_settings`.
+    """
+    elsewhere = {"loram", "quantization_config", *_IMPLEMENTATION_KEYS}
+    check_model_settings(
+        {key: value for key, value in config.items() if key not in elsewhere},
+        vocab_size=architecture.vocab_size,
+        layers=architecture.num_hidden_layers,
+        source=source,
+    )
+
+
+def check_companion(path: Path, *, vocab_size: int) -> None:
     """Check a JSON file that travels with the weights: a generation config, a tokenizer's settings.
 
     Raises:
-        VerificationError: it is no strict JSON, or has a key that would have code run or another file loaded.
+        VerificationError: it is no strict JSON, has a key that would have code run or another file loaded, or is a
+            generation config with other settings than transformers has.
     """
-    check_keys(read_json(path), source=str(path))
+    values = read_json(path)
+    check_keys(values, source=str(path))
+    if path.name == GENERATION_CONFIG:
+        kept = {key: value for key, value in values.items() if key not in REFUSED_KEYS}
+        check_generation_settings(kept, vocab_size=vocab_size, source=str(path))
+
+
+def mend_companions(folder: Path, names: Iterable[str], *, vocab_size: int) -> None:
+    """Leave out of the settings files of a release in the making what no release may hold.
+
+    Args:
+        folder: with the files, which are written anew where something is left out.
+        names: of the files that will belong to the release.
+        vocab_size: which token ids there are.
+    """
+    for name in sorted(set(names)):
+        if name not in _MENDED or not (folder / name).is_file():
+            continue
+        values = read_json(folder / name)
+        mended = without_refused(values)
+        if name == GENERATION_CONFIG:
+            mended = sound_generation_settings(mended, vocab_size=vocab_size)
+        if mended != values:
+            left_out = ", ".join(sorted(key for key in values if key not in mended)) or "what names code"
+            logger.warning("Leaving out of %s what a release may not say: %s", name, ascii(left_out[:200]))
+            (folder / name).write_text(dump_json(mended), encoding="utf-8")
+
+
+def without_refused(value: Any) -> Any:  # noqa: ANN401 (any JSON)
+    """Copy a JSON value without the keys that no file of a release may have."""
+    if isinstance(value, Mapping):
+        refused = {*REFUSED_KEYS, *_IMPLEMENTATION_KEYS}
+        return {key: without_refused(item) for key, item in value.items() if key not in refused}
+    return [without_refused(item) for item in value] if isinstance(value, list) else value
 
 
 def _same(found: object, expected: object) -> bool:

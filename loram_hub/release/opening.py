@@ -11,9 +11,9 @@ from loram_hub.architecture import Architecture
 from loram_hub.checkpoint import CONFIG, read_config
 from loram_hub.errors import CheckpointError, VerificationError
 from loram_hub.files import sha256_of
-from loram_hub.manifest import MANIFEST, Manifest, read_manifest
+from loram_hub.manifest import MANIFEST, Manifest, read_manifest, refuse_newer
 from loram_hub.plan import Plan
-from loram_hub.release.configuration import architecture_in, check_config
+from loram_hub.release.configuration import architecture_in, check_config, check_settings
 from loram_hub.release.contents import check_hashes, check_listed, check_sizes, is_weights
 from loram_hub.release.mask_index import MASK_INDEX, read_mask_index
 from loram_hub.release.weights import check_weights
@@ -41,6 +41,11 @@ class Release:
     def is_quantized(self) -> bool:
         """Whether the projections are NF4."""
         return self.manifest.quantization is not None
+
+    @property
+    def was_saved(self) -> bool:
+        """Whether `save_pretrained` made it, from a model that may have been trained."""
+        return "saved" in self.manifest.recipe
 
 
 def is_release(folder: Path) -> bool:
@@ -104,16 +109,20 @@ def open_metadata(folder: Path) -> Release:
         IncompatibleError: the format is newer than this package, or the plan does not fit the base config.
     """
     if not is_release(folder):
+        refuse_newer(folder)
         read_config(folder)  # the better error if it is no checkpoint at all
         raise CheckpointError(f"{folder} is a checkpoint but no LoRAM release: it lacks {MANIFEST} or {MASK_INDEX}.")
     manifest = read_manifest(folder)
     check_listed(folder, manifest.files)
+    if manifest.alignment is not None and not manifest.alignment:
+        raise VerificationError(f"{folder / MANIFEST} has an empty alignment; what was done, or null, is needed.")
     needed = {name: manifest.files[name] for name in (CONFIG, MASK_INDEX)}
     check_sizes(folder, needed)
     check_hashes(folder, needed, sha256_of)
     config = read_config(folder)
     architecture = architecture_in(config)
     check_config(config, manifest.quantization, source=str(folder / CONFIG))
+    check_settings(config, architecture, source=str(folder / CONFIG))
     plan = read_mask_index(folder / MASK_INDEX, architecture)
     if plan.digest != manifest.pruning.plan_sha256:
         raise VerificationError(f"{folder / MASK_INDEX} is not the plan that {MANIFEST} was written for.")

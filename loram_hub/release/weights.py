@@ -16,6 +16,7 @@ from loram_hub.release.nf4 import NF4_PARTS, check_parts, check_states
 from loram_hub.tensors import TensorInfo
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
+_FOREIGN = 100  # tensors beyond the plan's that are read at all, so that the error can name one
 _MAX_INDEX_BYTES = 8 * 1024 * 1024
 _CODES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -40,11 +41,12 @@ def check_weights(folder: Path, plan: Plan, manifest: Manifest) -> dict[str, Ten
         raise VerificationError(
             f"{folder / INDEX_FILE} is larger than {_MAX_INDEX_BYTES:,} bytes, for no release's tensors."
         )
-    found = index_tensors(folder)
-    _check_weight_files(folder, found, manifest)
     shapes = plan.tensor_shapes()
     quantization = manifest.quantization
     packed = {} if quantization is None else packed_matrices(plan)
+    known = set(shapes) | {f"{name}.{part}" for name in packed for part in NF4_PARTS}
+    found = index_tensors(folder, most=len(known) + _FOREIGN)
+    _check_weight_files(folder, found, manifest)
     floats = _FLOATS if quantization is None else (_CODES[quantization["dtype"]],)
     for name, shape in shapes.items():
         if name not in found:
@@ -54,7 +56,6 @@ def check_weights(folder: Path, plan: Plan, manifest: Manifest) -> dict[str, Ten
     for name, shape in packed.items():
         check_parts(name, shape, found)
     check_states(packed, found)
-    known = set(shapes) | {f"{name}.{part}" for name in packed for part in NF4_PARTS}
     foreign = sorted(set(found) - known)
     if foreign:
         raise PlanMismatchError(f"{folder} has a tensor {foreign[0]!r:.200}, which the plan knows nothing of.")

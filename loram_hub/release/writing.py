@@ -12,7 +12,9 @@ from loram_hub.checkpoint import CONFIG
 from loram_hub.files import atomic_folder, dump_json, resource_errors
 from loram_hub.manifest import MANIFEST, Manifest, file_entries, tool_versions
 from loram_hub.plan import Plan
+from loram_hub.release.configuration import mend_companions
 from loram_hub.release.mask_index import MASK_INDEX, write_mask_index
+from loram_hub.release.verification import check_described
 
 
 @contextmanager
@@ -36,11 +38,13 @@ def write_release(
     Raises:
         InvalidRequestError: the folder exists and is not empty.
         ResourceError: the disk is full or not writable.
+        VerificationError: the base has settings that no release may have; nothing is left behind.
     """
     with atomic_folder(out_dir, overwrite=overwrite) as folder:
         (folder / CONFIG).write_text(dump_json(config), encoding="utf-8")
         yield folder
         seal_release(folder, manifest=manifest, plan=plan)
+        check_described(folder)
 
 
 def seal_release(folder: Path, *, manifest: Manifest, plan: Plan, only: Collection[str] | None = None) -> None:
@@ -54,5 +58,7 @@ def seal_release(folder: Path, *, manifest: Manifest, plan: Plan, only: Collecti
     """
     with resource_errors(f"Writing {folder}"):
         write_mask_index(folder / MASK_INDEX, plan)
+        names = only if only is not None else [path.name for path in folder.iterdir()]
+        mend_companions(folder, names, vocab_size=plan.architecture.vocab_size)
         complete = replace(manifest, files=file_entries(folder, only=only), tools=tool_versions())
         (folder / MANIFEST).write_text(complete.to_json(), encoding="utf-8")

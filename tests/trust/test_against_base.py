@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hub_client
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from builders import save_base, tiny_config
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
-from trust.alterations import CHANNELS, GATE, Alter, manifest, masks, sealed, tensors
+from trust.alterations import CHANNELS, GATE, Alter, config, manifest, masks, sealed, tensors
 from trust.subjects import STRUCTURE, build_subjects, save_peft_adapter
 
 from loram_hub.auto import AutoLoramModel
@@ -80,14 +81,69 @@ def test_a_full_comparison_says_how_much_was_compared(subjects: Path) -> None:
 
 def test_a_base_of_another_state_is_refused(subjects: Path, tmp_path: Path) -> None:
     other = copy_of(subjects / "base", tmp_path)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    values = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(values | {"rope_theta": 5.0}))
 
     for full in (False, True):
         with pytest.raises(IncompatibleError, match="the release was pruned from a base with"):
             verify(subjects / "bf16", full=full, base=other)
     with pytest.raises(IncompatibleError, match="was made for a base whose config"):
         verify(subjects / "recovered", base=other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": 0.5},
+        {"hidden_act": "relu"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}},
+        {"eos_token_id": 7},
+        {"max_position_embeddings": 65},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_config_that_says_other_things_than_the_bases_is_refused(
+    subjects: Path, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = copy_of(subjects / "bf16", tmp_path)
+    config(**changes)(folder)
+
+    verify(folder)
+    for full in (False, True):
+        with pytest.raises(IncompatibleError, match=f"for {next(iter(changes))}, the base's has"):
+            verify(folder, full=full, base=subjects / "base")
+
+
+def test_a_saved_model_may_differ_from_its_base_as_trainers_have_it_and_no_further(
+    subjects: Path, tmp_path: Path
+) -> None:
+    model = AutoLoramModel.from_pretrained(subjects / "bf16")
+    model.config.pad_token_id, model.config.use_cache = 3, False
+    model.save_pretrained(tmp_path / "saved")
+
+    found = verify(tmp_path / "saved", base=subjects / "base")
+    assert any("tokenizer" in gap for gap in found.not_checked)
+    config(rms_norm_eps=0.5)(tmp_path / "saved")
+    with pytest.raises(IncompatibleError, match=r"0\.5 for rms_norm_eps"):
+        verify(tmp_path / "saved", base=subjects / "base")
+
+
+def test_it_says_what_of_the_base_was_compared(subjects: Path) -> None:
+    found = verify(subjects / "bf16", base=subjects / "base")
+
+    assert "the base's config" in found.checked[-1]
+    assert "commit" not in found.checked[-1]  # it was pruned from a folder, which has none
+    assert not any("NF4" in phrase for phrase in found.checked)
+    assert any("NF4" in phrase for phrase in verify(subjects / "nf4").checked)
+
+
+def test_what_transformers_cannot_build_is_incompatible(subjects: Path, tmp_path: Path) -> None:
+    folder = copy_of(subjects / "bf16", tmp_path)
+    config(rope_parameters={"rope_type": "yarn", "rope_theta": 3.0})(folder)  # without its factor
+
+    verify(folder)
+    with pytest.raises(IncompatibleError, match="transformers cannot build a model"):
+        AutoLoramModel.from_pretrained(folder)
 
 
 def test_a_base_in_another_type_cannot_be_compared(subjects: Path, tmp_path: Path) -> None:

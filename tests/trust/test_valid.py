@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from trust.subjects import save_peft_adapter, shard
 
 from loram_hub.auto import AutoLoramModel
 from loram_hub.checkpoint import CONFIG
+from loram_hub.errors import VerificationError
 from loram_hub.hub import source_of
 from loram_hub.inspection import Verified, verify
 from loram_hub.manifest import MANIFEST
@@ -143,14 +145,84 @@ def test_cards_pictures_and_what_git_and_the_hub_keep_may_lie_beside(
     prune(bases(), tmp_path / "release", **STRUCTURE)
     listed = verify(tmp_path / "release").files
     for name in (
-        "README.md", "LICENSE.txt", "Notice", "USE_POLICY.md", ".gitattributes", "pictures/kept.png",
-        ".eval_results/loss.yaml", "additional_chat_templates/tool.jinja", "chat_template.jinja", ".git/hooks/x.py",
-        ".cache/huggingface/download/model.bin",
+        "README.md", "LICENSE.txt", "Notice", "USE_POLICY.md", ".gitattributes", ".gitignore", ".DS_Store",
+        "pictures/kept.png", ".eval_results/loss.yaml", ".git/hooks/x.py", ".cache/huggingface/download/model.bin",
     ):  # fmt: skip
         (tmp_path / "release" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "release" / name).write_text("anything")
 
     assert verify(tmp_path / "release").files == listed
+
+
+def test_what_a_release_may_not_say_is_left_out_when_it_is_pruned(bases: Callable[..., Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases(), tmp_path / "base")
+    for name, changes in {
+        "config.json": {"num_labels": 2, "num_experts_x": 7, "trust_remote_code": False, "_name_or_path": "/home/me"},
+        "generation_config.json": {"trust_remote_code": True, "custom_x": {"a": 1}, "eos_token_id": 999, "top_k": 5},
+        "tokenizer_config.json": {"x": {"trust_remote_code": False}, "gguf_file": None, "max_len": 10**30},
+    }.items():
+        values = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps(values | changes))
+    for name in ("LICENSE.TXT", "LICENSE.txt"):
+        (base / name).write_text("Do what you like.\n")
+
+    prune(base, tmp_path / "release", **STRUCTURE)
+
+    assert_sound(tmp_path / "release", "release", full=True, base=base)
+    generation = json.loads((tmp_path / "release" / "generation_config.json").read_text())
+    assert generation["top_k"] == 5
+    assert not {"trust_remote_code", "custom_x", "eos_token_id"} & set(generation)
+    assert json.loads((tmp_path / "release" / "tokenizer_config.json").read_text())["max_len"] == 10**30
+
+
+def test_a_base_that_no_release_can_come_of_leaves_nothing_behind(bases: Callable[..., Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases(), tmp_path / "base")
+    values = json.loads((base / CONFIG).read_text())
+    (base / CONFIG).write_text(json.dumps(values | {"hidden_act": "unheard of"}))
+
+    with pytest.raises(VerificationError, match="'unheard of' for hidden_act"):
+        prune(base, tmp_path / "release", **STRUCTURE)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+REAL_SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "eos_token_id": [1, 2], "pretraining_tp": 1, "torch_dtype": "bfloat16", "transformers_version": "4.43.0.dev0",
+    },
+    "qwen2": {
+        "max_window_layers": 21, "sliding_window": 131072, "use_sliding_window": False, "use_mrope": False,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    },
+    "phi3": {
+        "embd_pdrop": 0.0, "resid_pdrop": 0.0, "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False,
+        "rope_scaling": {"long_factor": [1.0] * 5, "short_factor": [1.0] * 5, "type": "longrope"},
+        "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64,
+    },
+    "gemma2": {
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "cache_implementation": "hybrid",
+        "query_pre_attn_scalar": 224, "sliding_window_size": 4096, "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "gemma3_text": {"rope_local_base_freq": 10000, "sliding_window_pattern": 6, "rope_scaling": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", REAL_SETTINGS)
+def test_settings_as_they_are_published_pass(bases: Callable[..., Path], family: str, tmp_path: Path) -> None:
+    base = shutil.copytree(bases(family), tmp_path / "base")
+    values = json.loads((base / CONFIG).read_text())
+    values.pop("rope_parameters", None)
+    (base / CONFIG).write_text(json.dumps(values | REAL_SETTINGS[family]))
+
+    prune(base, tmp_path / "release", **STRUCTURE)
+
+    assert_sound(tmp_path / "release", "release", full=True, base=base)
+    written = json.loads((tmp_path / "release" / CONFIG).read_text())
+    assert written.get("rope_scaling") == REAL_SETTINGS[family].get("rope_scaling")
 
 
 @pytest.mark.parametrize("files", ["relative links", "absolute links", "copies"])
