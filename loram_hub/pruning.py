@@ -38,7 +38,7 @@ from loram_hub.plan import (
     pruned_layers,
 )
 from loram_hub.quantization import as_nf4, quantized_tensors, sixteen_bit
-from loram_hub.release import Release, open_release, release_config, write_release
+from loram_hub.release import Release, check_settings, open_release, release_config, write_release
 from loram_hub.texts import calibration_ids, read_texts
 
 logger = logging.getLogger(__name__)
@@ -245,6 +245,7 @@ def _check_base(checkpoint: Checkpoint, source: Source) -> Architecture:
         )
     architecture = architecture_of(checkpoint.config)
     architecture.check_tensors(checkpoint.shapes, source=source.id)
+    check_settings(release_config(checkpoint.config), architecture, source=f"{source.id}: {CONFIG}")
     return architecture
 
 

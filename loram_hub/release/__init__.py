@@ -12,6 +12,7 @@ from loram_hub.release.comparison import compare_weights as compare_weights
 from loram_hub.release.comparison import refuse_incomparable as refuse_incomparable
 from loram_hub.release.configuration import MODEL_TYPE_PREFIX as MODEL_TYPE_PREFIX
 from loram_hub.release.configuration import base_config_of as base_config_of
+from loram_hub.release.configuration import check_settings as check_settings
 from loram_hub.release.configuration import release_config as release_config
 from loram_hub.release.contents import check_repository as check_repository
 from loram_hub.release.mask_index import MASK_INDEX as MASK_INDEX
