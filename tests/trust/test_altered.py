@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,9 @@ def test_an_altered_artefact_is_refused(subjects: Path, alteration: Alteration, 
 
 
 @pytest.mark.parametrize("corpus", [RELEASES, ADAPTERS], ids=["releases", "adapters"])
-def test_every_kind_has_a_message_of_its_own(subjects: Path, corpus: tuple[Alteration, ...], tmp_path: Path) -> None:
+def test_every_kind_has_a_message_of_its_own(
+    subjects: Path, corpus: tuple[Alteration, ...], tmp_path: Path, figure: Callable[[str], None]
+) -> None:
     found: dict[str, str] = {}
     for number, alteration in enumerate(corpus):
         folder = tmp_path / str(number)
@@ -96,7 +99,7 @@ def test_every_kind_has_a_message_of_its_own(subjects: Path, corpus: tuple[Alter
 
     assert len(found) == len(corpus)
     assert {alteration.exit_code for alteration in corpus} == {3, 4}
-    print(f"{len(corpus)} kinds of altered {'release' if corpus is RELEASES else 'adapter'}, all refused")  # noqa: T201
+    figure(f"{len(corpus)} kinds of altered {'release' if corpus is RELEASES else 'adapter'}, all refused")
 
 
 def test_there_are_as_many_kinds_as_were_promised() -> None:

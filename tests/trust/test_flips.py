@@ -7,6 +7,7 @@ licence) are hit as thoroughly as the weights.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def places(folder: Path, count: int, rng: random.Random) -> list[tuple[Path, int
 
 @pytest.mark.parametrize("mode", ["byte", "bit"])
 @pytest.mark.parametrize("subject", ["nf4", "bf16", "recovered"])
-def test_every_flip_is_found(subjects: Path, subject: str, mode: str) -> None:
+def test_every_flip_is_found(subjects: Path, subject: str, mode: str, figure: Callable[[str], None]) -> None:
     folder, rng = subjects / subject, random.Random(f"{SEED} {subject} {mode}")
     found = 0
     for path, position in places(folder, FLIPS, rng):
@@ -58,4 +59,4 @@ def test_every_flip_is_found(subjects: Path, subject: str, mode: str) -> None:
 
     verify(folder)
     assert found == FLIPS
-    print(f"{found} of {FLIPS} flipped {mode}s of {subject} found")  # noqa: T201
+    figure(f"{found} of {FLIPS} flipped {mode}s of {subject} found")
