@@ -57,8 +57,7 @@ from loram_hub.errors import (
     VerificationError,
 )
 from loram_hub.files import atomic_folder, refuse_existing, resource_errors
-from loram_hub.hub import ADAPTER_FILES, METADATA_FILES, resolve, source_of
-from loram_hub.hub.fetching import cached_commits
+from loram_hub.hub import ADAPTER_FILES, METADATA_FILES, cached_commits, resolve, source_of
 from loram_hub.release import Release, open_metadata
 
 if TYPE_CHECKING:

@@ -111,7 +111,7 @@ def moved(tmp_path: Path, releases: tuple[Path, Path]) -> Iterator[Moved]:
 
 def test_the_revision_whose_weights_are_here_is_taken_though_the_release_has_moved_on(moved: Moved) -> None:
     moved.fetch("v1")
-    # Listings by commit, with which the client spares itself the question; older ones (before 2) keep none.
+    # Without the listings that the client keeps by commit, it asks the Hub unless told not to.
     shutil.rmtree(moved.home / "hub" / "models--alice--mv" / "trees", ignore_errors=True)
     asked = len(moved.hub.requests)
     done = moved.recover()
