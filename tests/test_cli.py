@@ -34,7 +34,8 @@ EXPECTED_OPTIONS = {
     "quantize": {"device", "overwrite", "dry-run", "revision", "token", "json"},
     "card": {"repo-id", "license", "evaluation", "dry-run", "json"},
     "push": {
-        "private", "gated", "license", "evaluation", "tag", "collection", "message", "token", "dry-run", "json",
+        "private", "gated", "license", "evaluation", "tag", "collection", "message", "overwrite", "token", "dry-run",
+        "json",
     },
     "info": {"revision", "token", "json"},
     "verify": {"full", "base", "revision", "token", "json"},
