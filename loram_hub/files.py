@@ -33,7 +33,7 @@ MAX_JSON_BYTES = 8 * 1024 * 1024
 MAX_INDEX_BYTES = 128 * 1024 * 1024
 """Cap on `model.safetensors.index.json`: one line per tensor, a few million tensors at most."""
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, reports the system's errors
 
 
@@ -135,16 +135,17 @@ def resource_errors(action: str) -> Iterator[None]:
     except LoramError:
         raise
     except (OSError, SafetensorError) as err:
-        number = _errno_of(err)
+        number = errno_of(err)
         if number in (None, errno.ENOENT):  # a file that is not there is no matter of disk or memory
             raise
-        hint = "Free some space or write elsewhere." if number in _FULL else "Write elsewhere, or mend the path."
+        hint = "Free some space or write elsewhere." if number in DISK_FULL else "Write elsewhere, or mend the path."
         raise ResourceError(f"{action} failed: {err}. {hint}") from err
     except MemoryError as err:
         raise ResourceError(f"{action} ran out of memory.") from err
 
 
-def _errno_of(err: OSError | SafetensorError) -> int | None:
+def errno_of(err: Exception) -> int | None:
+    """Return the system's number of an error, also of one from a library in Rust, which has it in the text alone."""
     if isinstance(err, OSError):
         return err.errno
     found = _OS_ERROR.search(str(err))

@@ -12,11 +12,11 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import live_hub  # noqa: F401 (takes the token of the live suite before HF_TOKEN is dropped below)
+import live_hub
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -56,6 +56,18 @@ def _refuse_network(event: str, args: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_refuse_network)
+
+
+@pytest.fixture(params=["loopback", "live"] if live_hub.LIVE_ENDPOINT and live_hub.LIVE_TOKEN else ["loopback"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[live_hub.Place]:
+    """Serve the loopback Hub; for those who ask for it, a real one as well."""
+    if request.param == "live":
+        there = live_hub.live_place(live_hub.LIVE_ENDPOINT or "", live_hub.LIVE_TOKEN or "", tmp_path)
+        yield there
+        there.clean_up()
+    else:
+        with live_hub.HubServer(tmp_path / "hub") as hub:
+            yield live_hub.loopback_place(hub, tmp_path)
 
 
 _FIGURES = pytest.StashKey[list[str]]()

@@ -1,6 +1,6 @@
 """Where the Hub's protocol is tested: on the loopback server, and on a real Hub for those who ask for it.
 
-    LORAM_LIVE_HUB=https://huggingface.co HF_TOKEN=hf_... python -m pytest tests/test_hub_server.py -k live
+    LORAM_LIVE_HUB=https://huggingface.co HF_TOKEN=hf_... python -m pytest tests -k live
 
 The token needs write access. Every repository is private, has a random name under the token's user and is deleted when
 its test ends. `conftest.py` imports this module before it drops HF_TOKEN, so that no other test ever sees the token.

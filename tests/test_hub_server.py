@@ -24,21 +24,10 @@ from urllib.parse import urlsplit
 import pytest
 from hub_server import HubServer
 from hub_server.shards import chunk_offsets, decompress_lz4
-from live_hub import LIVE_ENDPOINT, LIVE_TOKEN, Place, live_place, loopback_place, run_client
+from live_hub import Place, run_client
 
 TRANSPORTS = pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
 README = "---\nlicense: mit\nlibrary_name: peft\nbase_model: org/base\ntags: [loram]\n---\n# Hello\n"
-
-
-@pytest.fixture(params=["loopback", "live"] if LIVE_ENDPOINT and LIVE_TOKEN else ["loopback"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    if request.param == "live":
-        there = live_place(LIVE_ENDPOINT or "", LIVE_TOKEN or "", tmp_path)
-        yield there
-        there.clean_up()
-    else:
-        with HubServer(tmp_path / "hub") as hub:
-            yield loopback_place(hub, tmp_path)
 
 
 @pytest.fixture

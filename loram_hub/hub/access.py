@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 import time
@@ -23,6 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import HFValidationError
 
 from loram_hub.errors import AccessError, CheckpointError, InvalidRequestError, LoramError, ResourceError
+from loram_hub.files import DISK_FULL, errno_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +31,8 @@ _PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds between attempts; huggingface_hub itself repeats some requests and not others (a commit, a lost listing)."""
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REFUSED = frozenset({401, 403, 404})
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _XET = re.compile(r"CAS Client Error|Task error|File reconstruction error")
 _SECRET = re.compile(r"\bhf_\w+|Bearer \S+")
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def persistently(action: Callable[[], _T]) -> _T:
@@ -104,7 +102,7 @@ def access_errors(name: str) -> Iterator[None]:
             f"(offline mode, or no network): {_first_line(err)}"
         ) from err
     except OSError as err:
-        if err.errno in _FULL:
+        if err.errno in DISK_FULL:
             raise ResourceError(
                 f"Downloading {name} failed: {err}. Free some space, or set HF_HOME elsewhere."
             ) from err
@@ -124,8 +122,7 @@ def _xet_errors(name: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as err:
-        number = _OS_ERROR.search(str(err))
-        if number is not None and int(number[1]) in _FULL:
+        if errno_of(err) in DISK_FULL:
             raise ResourceError(
                 f"Downloading {name} failed: {_first_line(err)}. Free some space, or set HF_HOME elsewhere."
             ) from err
