@@ -21,18 +21,18 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from loram_hub.architecture import LAYER_PREFIX, Architecture, LayerSizes
+from loram_hub.architecture import LAYER_PREFIX
 from loram_hub.checkpoint import CONFIG, INDEX_FILE, weight_files
 from loram_hub.errors import IncompatibleError, InvalidRequestError
 from loram_hub.files import dump_json
 from loram_hub.hub import fetch_release
 from loram_hub.manifest import NF4_DESCRIPTION, Manifest
 from loram_hub.release import MASK_INDEX, Release, base_config_of, release_config, seal_release
+from loram_hub.shaping import shrink_layer_
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ class _PrunedModel(PreTrainedModel):
         architecture = self.loram.architecture
         for layer, sizes in enumerate(self.loram.plan.layers):
             if sizes != architecture.whole_layer:
-                _shrink_layer_(self.get_submodule(f"{LAYER_PREFIX}.{layer}"), architecture, sizes)
+                shrink_layer_(self.get_submodule(f"{LAYER_PREFIX}.{layer}"), architecture, sizes)
 
     def save_pretrained(  # type: ignore[override]  # every keyword of transformers' is passed on
         self,
@@ -262,53 +262,6 @@ def _manifest_of_saved(model: _PrunedModel) -> Manifest:
         dtype = str(model.dtype).removeprefix("torch.")
         manifest = replace(manifest, quantization={**NF4_DESCRIPTION, "dtype": dtype})
     return manifest
-
-
-def _shrink_layer_(layer: nn.Module, architecture: Architecture, sizes: LayerSizes) -> None:
-    """Give a whole decoder layer's modules the widths of a pruned one; weights are to be loaded afterwards."""
-    for weight in architecture.layer_weights:
-        shape = architecture.shape(weight, sizes)
-        if shape == architecture.shape(weight, architecture.whole_layer):
-            continue
-        parent_path, _, leaf = weight.module.rpartition(".")
-        parent = layer.get_submodule(parent_path)
-        module = getattr(parent, leaf)
-        if weight.is_projection:
-            setattr(parent, leaf, _empty_linear_like(module, shape))
-        elif not isinstance(module, nn.Linear):  # a norm over heads; a bias came with its matrix
-            module.weight = nn.Parameter(module.weight.new_empty(shape))
-    queries = sizes.kv_heads * (architecture.num_attention_heads // architecture.num_key_value_heads)
-    _tell_head_counts_(layer.get_submodule("self_attn"), architecture, queries, sizes.kv_heads)
-
-
-def _empty_linear_like(module: nn.Linear, shape: tuple[int, ...]) -> nn.Linear:
-    weight = module.weight
-    return nn.Linear(shape[1], shape[0], bias=module.bias is not None, device=weight.device, dtype=weight.dtype)
-
-
-def _tell_head_counts_(attention: nn.Module, architecture: Architecture, queries: int, kv_heads: int) -> None:
-    """Correct the head counts that attention code keeps; most families read them off tensor shapes instead."""
-    counts = {"num_heads": queries, "num_attention_heads": queries, "num_key_value_heads": kv_heads}
-    for name, count in counts.items():
-        if hasattr(attention, name):
-            setattr(attention, name, count)
-    if architecture.family.reads_heads_from_config:
-        config = cast("PreTrainedConfig", attention.config)
-        vars(attention)["config"] = _LayerConfig(config, num_attention_heads=queries, num_key_value_heads=kv_heads)
-
-
-class _LayerConfig:
-    """A layer's view of the model's config: its own head counts, everything else (also later changes) the model's."""
-
-    def __init__(self, config: PreTrainedConfig, **own: int) -> None:
-        self.__dict__.update(own)
-        self.__dict__["_model_config"] = config
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (as the config's)
-        # copy and pickle ask for attributes before __dict__ is filled
-        if name.startswith("__") or "_model_config" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.__dict__["_model_config"], name)
 
 
 def _cast_unquantized_(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""What stands in for parts of a model, and for memory, while Taylor importance streams the rest."""
+"""What stands in for parts of a model, and for memory, while the rest is streamed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TensorFile:
     """Equal tensors in a temporary file: layer inputs cost disk, not memory (70B, 10 x 64 tokens: 1.7 GB)."""
 
     def __enter__(self) -> TensorFile:
-        self._file = tempfile.TemporaryFile(prefix="loram-taylor-")
+        self._file = tempfile.TemporaryFile(prefix="loram-layers-")
         return self
 
     def __exit__(self, *_: object) -> None:
