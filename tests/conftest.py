@@ -73,17 +73,34 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[live_hub.P
 _FIGURES = pytest.StashKey[list[str]]()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give figures a place."""
+    config.stash[_FIGURES] = []
+
+
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Print a measured figure at the end of the run, where `docs/trust.md` takes it from."""
-    return request.config.stash.setdefault(_FIGURES, []).append
+    """Print a measured figure at the end of the run, where the documents take it from."""
+    return request.config.stash[_FIGURES].append
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand a worker's figures over, where tests run in several processes."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = session.config.stash[_FIGURES]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take the figures of a worker."""
+    node.config.stash[_FIGURES] += getattr(node, "workeroutput", {}).get("figures", [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the figures that tests have measured."""
-    if figures := config.stash.get(_FIGURES, []):
+    if figures := config.stash[_FIGURES]:
         terminalreporter.section("figures")
-        for line in figures:
+        for line in sorted(figures):
             terminalreporter.line(line)
 
 
