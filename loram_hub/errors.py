@@ -63,6 +63,10 @@ class AccessError(LoramError, ConnectionError):
     exit_code = 5
 
 
+class TrainingError(LoramError, ArithmeticError):
+    """Training cannot go on: the loss is no number, or another process of the run ended (exit code 1)."""
+
+
 class ResourceError(LoramError, OSError):
     """Disk or memory ran out, or a path cannot be written (exit code 6)."""
 

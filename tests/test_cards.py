@@ -44,7 +44,13 @@ from loram_hub.architecture import architecture_of
 from loram_hub.cards import Card, make_card, release_card, write_card
 from loram_hub.cards.escaping import MAX_TEXT, code, is_hub_id, json_block, visible
 from loram_hub.cards.evaluations import MODELS as ROWS
-from loram_hub.cards.pictures import alignment_curve, alignment_picture, kept_groups_picture, kept_shares
+from loram_hub.cards.pictures import (
+    alignment_curve,
+    alignment_picture,
+    held_out_curves,
+    kept_groups_picture,
+    kept_shares,
+)
 from loram_hub.errors import (
     CheckpointError,
     IncompatibleError,
@@ -385,6 +391,94 @@ def test_the_alignment_curve_is_drawn_where_there_is_one(release: Release) -> No
     assert "](pictures/alignment_loss.png)" in card.text
     assert Image.open(BytesIO(card.files["pictures/alignment_loss.png"])).size[0] > 500
     assert "pictures/alignment_loss.png" not in _card(release).files
+
+
+ALIGNED = {
+    "corpora": ["HuggingFaceFW/fineweb:sample-10BT", "mine.jsonl"],
+    "tokens": 104857600,
+    "steps": 1600,
+    "losses": [[0, 5.0], [800, 4.0], [1600, 3.5]],
+    "held_out": [[0, {"HuggingFaceFW/fineweb:sample-10BT": 5.25, "mine.jsonl": 6.0}],
+                 [1600, {"HuggingFaceFW/fineweb:sample-10BT": 3.75, "mine.jsonl": 4.0}]],
+    "run_sha256": "f" * 64,
+}  # fmt: skip
+REFIT = {"target": "residual", "ridge": 0.05, "samples": 64, "tokens": 128, "calibration": {"file": "x"}}
+
+
+def _row(text: str, name: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+    return line
+
+
+def test_the_card_of_an_aligned_release_says_on_what_for_how_long_and_what_it_brought(release: Release) -> None:
+    card = _card(_with(release, alignment=ALIGNED))
+
+    assert "structurally pruned (ratio 0.5), trained further to make up for it: a small stand-in" in card.text
+    assert _row(card.text, "alignment") == "| alignment | `tokens 104857600`, `steps 1600` |"
+    assert _row(card.text, "held-out loss in alignment") == (
+        "| held-out loss in alignment | `HuggingFaceFW/fineweb:sample-10BT` 5.2500 to 3.7500, "
+        "`mine.jsonl` 6.0000 to 4.0000 (nats per token) |"
+    )
+    assert _row(card.text, "data") == (
+        "| data | [`HuggingFaceFW/fineweb`](https://huggingface.co/datasets/HuggingFaceFW/fineweb) `sample-10BT`, "
+        "`mine.jsonl` |"
+    )
+    assert _metadata(card)["datasets"] == ["HuggingFaceFW/fineweb"]
+    assert "refit" not in card.text
+    assert "Not aligned" not in card.text
+
+
+def test_a_release_that_was_only_refitted_is_not_said_to_be_trained(release: Release) -> None:
+    text = _card(_with(release, alignment={"refit": REFIT})).text
+
+    assert "(ratio 0.5), its output projections refitted in closed form: a small stand-in" in text
+    assert _row(text, "refit").endswith(": `target residual`, `ridge 0.05`, `samples 64`, `tokens 128` |")
+    assert _row(text, "alignment") == "| alignment | none: no training after the refit |"
+    assert "- Refitted in closed form, but not aligned by further training." in text
+    assert "the output projections of the rest were refitted in closed form" in text
+    assert "trained further" not in text
+    assert "as pruning left them" not in text
+
+
+def test_a_release_that_was_refitted_and_aligned_is_said_to_be_both(release: Release) -> None:
+    text = _card(_with(release, alignment={**ALIGNED, "refit": REFIT})).text
+
+    assert "its output projections refitted in closed form, trained further to make up for it: a small" in text
+    assert "refitted in closed form, the rest was trained further" in text
+    assert _row(text, "alignment") == "| alignment | `tokens 104857600`, `steps 1600` |"
+    assert "aligned by further training" not in text
+
+
+def test_held_out_losses_are_drawn_with_those_of_training(release: Release) -> None:
+    trained_only = {key: value for key, value in ALIGNED.items() if key != "held_out"}
+
+    pictures = {
+        _card(_with(release, alignment=alignment)).files["pictures/alignment_loss.png"]
+        for alignment in (ALIGNED, trained_only, {**ALIGNED, "losses": [[0, 5.0], [800, 3.9], [1600, 3.5]]})
+    }
+
+    assert len(pictures) == 3
+    curve, held_out = alignment_curve(ALIGNED), held_out_curves(ALIGNED)
+    assert alignment_picture(curve, held_out) in pictures
+    assert held_out["mine.jsonl"] == ((0.0, 6.0), (1600.0, 4.0))
+
+
+@pytest.mark.parametrize(
+    "rows", [None, "ab", 7, [[0]], [[0, 1.0]], [[0, {"a": "x"}]], [["0", {"a": 1.0}]], [[0, {"a": float("nan")}]], [3]]
+)
+def test_held_out_losses_that_are_none_are_not_drawn(release: Release, rows: object) -> None:
+    assert held_out_curves({"held_out": rows}) == {}
+    assert "held-out loss in alignment" not in _card(_with(release, alignment={**ALIGNED, "held_out": rows})).text
+
+
+def test_any_number_of_corpora_of_any_names_gives_a_picture_of_few() -> None:
+    names = [f"$x_{{{number} \x1b中{'y' * 300}" for number in range(100)]
+
+    curves = held_out_curves({"held_out": [[step, dict.fromkeys(names, 2.0)] for step in range(5_000)]})
+
+    assert 1 < len(curves) <= 8
+    assert all(1 < len(points) <= 4_096 for points in curves.values())
+    assert alignment_picture([(0, 5.0), (1, 4.0)], curves)
 
 
 @pytest.mark.parametrize("losses", [None, [], [[0, 1.0]], "abc", [[0, "x"], [1, 2.0]], [[0, 1e300], [1, 1.0]], [1, 2]])
@@ -756,13 +850,18 @@ def test_no_text_of_a_manifest_becomes_markup(
         pruning=replace(
             plain.manifest.pruning, method=method, importance=importance, calibration={name: tool, "dataset": corpus}
         ),
-        alignment={"corpora": [corpus], name: importance},
+        alignment={
+            "corpora": [corpus],
+            name: importance,
+            "refit": {name: tool},
+            "held_out": [[0, {corpus: 1}], [1, {corpus: 2}]],
+        },
         recipe={recipe: [recipe, method]},
         tools={tool: name},
         files={name: FileEntry(sha256=commit, size=1)},
     )
     with patch("loram_hub.cards.releases.kept_groups_picture", return_value=b""):  # it takes most of the time
-        expected = _card(_with(plain, alignment={}, recipe={"x": 1}))
+        expected = _card(_with(plain, alignment={"tokens": 1, "refit": {}}, recipe={"x": 1}))
         card = _card(replace(plain, manifest=manifest))
 
     headings, links, html = _shape(card.text)

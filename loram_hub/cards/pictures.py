@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,16 @@ ALIGNMENT_LOSS = "pictures/alignment_loss.png"
 _BINS = 96
 """Columns that groups are gathered into where there are more: a cell is the share kept of its groups."""
 _MAX_POINTS = 4_096
-_INK = "#1f3a5f"
+_MAX_CORPORA = 8
+"""Held-out curves in a picture."""
+_MAX_NAME = 40
+_NOISY_POINTS = 50
+"""From so many on, a curve is shown with its running mean."""
+_INK, _LIGHT = "#1f3a5f", "#b9c6d8"
+_COLOURS = ("#c0504d", "#4f8a5b", "#b5862c", "#7b5ea7")
+
+Curve = tuple[tuple[float, float], ...]
+"""(step, loss) pairs."""
 
 
 def kept_groups_picture(plan: Plan) -> bytes:
@@ -39,13 +49,13 @@ def kept_groups_picture(plan: Plan) -> bytes:
     heads = kept_shares(plan, "kv_heads", bins=min(_BINS, architecture.num_key_value_heads))
     channels = kept_shares(plan, "channels", bins=min(_BINS, architecture.intermediate_size))
     height = min(max(2.6, 1.1 + 0.075 * architecture.num_hidden_layers), 12.0)
-    with _figure(9.0, height) as figure:
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2.4))
+    with figure(9.0, height) as picture:
+        left, right = picture.subplots(1, 2, sharey=True, width_ratios=(1, 2.4))
         _draw_shares(left, heads, "KV heads", "KV head", architecture.num_key_value_heads)
         image = _draw_shares(right, channels, "MLP channels", "channel", architecture.intermediate_size)
         left.set_ylabel("layer")
-        figure.colorbar(image, ax=right, label="share kept", pad=0.02)
-        return _png(figure)
+        picture.colorbar(image, ax=right, label="share kept", pad=0.02)
+        return png(picture)
 
 
 def kept_shares(plan: Plan, space: Space, *, bins: int) -> npt.NDArray[np.float64]:
@@ -60,7 +70,7 @@ def kept_shares(plan: Plan, space: Space, *, bins: int) -> npt.NDArray[np.float6
     return shares
 
 
-def alignment_curve(alignment: Mapping[str, object] | None) -> tuple[tuple[float, float], ...]:
+def alignment_curve(alignment: Mapping[str, object] | None) -> Curve:
     """Read (step, loss) pairs from a manifest's `alignment.losses`; empty if there is no curve that can be drawn."""
     losses = None if alignment is None else alignment.get("losses")
     if not isinstance(losses, list | tuple) or not 2 <= len(losses) <= 1_000_000:
@@ -68,6 +78,25 @@ def alignment_curve(alignment: Mapping[str, object] | None) -> tuple[tuple[float
     points = [_point(pair) for pair in losses[:: -(-len(losses) // _MAX_POINTS)]]
     sound = tuple(point for point in points if point is not None)
     return sound if len(sound) == len(points) else ()
+
+
+def held_out_curves(alignment: Mapping[str, object] | None) -> dict[str, Curve]:
+    """Read a curve per corpus from a manifest's `alignment.held_out`, pairs of a step and losses by corpus.
+
+    Returns:
+        (step, loss) pairs by corpus, in the order of their names; without what cannot be drawn.
+    """
+    rows = None if alignment is None else alignment.get("held_out")
+    if not isinstance(rows, list | tuple) or len(rows) > 1_000_000:
+        return {}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows[:: -(-len(rows) // _MAX_POINTS) or 1]:
+        if not isinstance(row, list | tuple) or len(row) != 2 or not isinstance(row[1], Mapping):
+            return {}
+        for corpus, loss in [*row[1].items()][:_MAX_CORPORA]:
+            if (point := _point((row[0], loss))) is not None:
+                curves.setdefault(str(corpus), []).append(point)
+    return {corpus: tuple(curves[corpus]) for corpus in sorted(curves)[:_MAX_CORPORA]}
 
 
 def _point(pair: object) -> tuple[float, float] | None:
@@ -79,24 +108,75 @@ def _point(pair: object) -> tuple[float, float] | None:
     return float(numbers[0]), float(numbers[1])
 
 
-def alignment_picture(curve: Sequence[tuple[float, float]]) -> bytes:
-    """Draw the loss of alignment over its steps.
+def alignment_picture(curve: Curve, held_out: Mapping[str, Curve] | None = None) -> bytes:
+    """Draw the losses of alignment over its steps.
 
     Args:
-        curve: (step, loss in nats per token), at least two, from `alignment_curve`.
+        curve: (step, loss in nats per token) in training, at least two, from `alignment_curve`.
+        held_out: the same on held-out texts, by corpus, from `held_out_curves`.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    steps, losses = zip(*curve, strict=True)
-    with _figure(7.0, 3.2) as figure:
-        axes = figure.subplots()
-        axes.plot(steps, losses, color=_INK, linewidth=1.6)
+    with figure(7.0, 3.2) as picture:
+        axes = picture.subplots()
+        draw_losses(axes, curve, held_out or {})
         axes.set_xlabel("step")
-        axes.set_ylabel("loss (nats per token)")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        return _png(figure)
+        return png(picture)
+
+
+def draw_losses(axes: Axes, curve: Curve, held_out: Mapping[str, Curve]) -> None:
+    """Draw losses into a figure: the one of training light, with its running mean, those held out marked.
+
+    Args:
+        axes: to draw into.
+        curve: (step, loss in nats per token) in training.
+        held_out: the same on held-out texts, by corpus; names may be untrusted.
+    """
+    if curve:
+        steps, losses = zip(*curve, strict=True)
+        is_noisy = len(curve) >= _NOISY_POINTS
+        axes.plot(steps, losses, color=_LIGHT if is_noisy else _INK, linewidth=0.8 if is_noisy else 1.6, label="train")
+        if is_noisy:
+            axes.plot(steps, _running_mean(losses), color=_INK, linewidth=1.6, label="train, running mean")
+    for colour, (corpus, points) in zip(itertools.cycle(_COLOURS), held_out.items()):
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, losses, color=colour, linewidth=1.2, marker="o", markersize=3.5, label=_legend_name(corpus))
+    axes.set_ylabel("loss (nats per token)")
+    _tidy(axes)
+    if held_out:
+        for text in axes.legend(fontsize=8, frameon=False).get_texts():
+            text.set_parse_math(False)  # a name with $ in it is no formula
+
+
+def draw_rates(axes: Axes, rates: Curve) -> None:
+    """Draw learning rates over steps, for a panel below the losses."""
+    axes.plot([step for step, _ in rates], [rate for _, rate in rates], color=_INK, linewidth=1.2)
+    axes.set_ylabel("learning rate", fontsize=8)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.set_ylim(bottom=0)
+    _tidy(axes)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _running_mean(losses: Sequence[float]) -> npt.NDArray[np.float64]:
+    """Average over a window around each point, which is cut at both ends."""
+    half = max(1, len(losses) // 100)
+    sums = np.concatenate([[0.0], np.cumsum(losses)])
+    middle = np.arange(len(losses))
+    low, high = np.maximum(middle - half, 0), np.minimum(middle + half + 1, len(losses))
+    mean: npt.NDArray[np.float64] = (sums[high] - sums[low]) / (high - low)
+    return mean
+
+
+def _legend_name(corpus: str) -> str:
+    """Return a name that every font can show, and that matplotlib does not leave out for its first character."""
+    shown = "".join(char if " " <= char <= "~" else "?" for char in corpus)
+    return f"held out: {shown if len(shown) <= _MAX_NAME else shown[: _MAX_NAME - 3] + '...'}"
 
 
 def _draw_shares(axes: Axes, shares: npt.NDArray[np.float64], title: str, label: str, groups: int) -> AxesImage:
@@ -120,18 +200,23 @@ def _draw_shares(axes: Axes, shares: npt.NDArray[np.float64], title: str, label:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
-    """Open a figure in matplotlib's own style, whatever the user has configured; no window, no global state."""
+def figure(width: float, height: float) -> Iterator[Figure]:
+    """Open a figure in matplotlib's own style, whatever the user has configured; no window, no global state.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
     try:
         from matplotlib import style
         from matplotlib.figure import Figure
     except ImportError as err:
-        raise MissingDependencyError("Pictures on model cards need matplotlib: pip install matplotlib") from err
+        raise MissingDependencyError("Pictures need matplotlib: pip install matplotlib") from err
     with style.context("default"):
         yield Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def _png(figure: Figure) -> bytes:
+def png(picture: Figure) -> bytes:
+    """Return a figure as a PNG file, equal figures as equal bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})  # else it holds matplotlib's version
+    picture.savefig(buffer, format="png", metadata={"Software": None})  # else it holds matplotlib's version
     return buffer.getvalue()

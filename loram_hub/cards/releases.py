@@ -14,6 +14,7 @@ from loram_hub.cards.pictures import (
     KEPT_GROUPS,
     alignment_curve,
     alignment_picture,
+    held_out_curves,
     kept_groups_picture,
 )
 from loram_hub.cards.rendering import render_card
@@ -35,6 +36,9 @@ from loram_hub.plan import ParameterCounts, parameter_counts
 from loram_hub.release import Release
 
 TEMPLATE = "release.md.j2"
+_NOT_IN_ONE_LINE = frozenset({"losses", "held_out", "corpora", "refit", "run_sha256"})
+"""Of a manifest's `alignment`: shown in rows of their own, or of no use to a reader."""
+_REFITTED = "the output projections of the rest were refitted"
 
 
 def release_card(
@@ -69,7 +73,7 @@ def release_card(
     described = _described(release, repo_id, licence)
     pictures = {KEPT_GROUPS: kept_groups_picture(release.plan)}
     if curve:
-        pictures[ALIGNMENT_LOSS] = alignment_picture(curve)
+        pictures[ALIGNMENT_LOSS] = alignment_picture(curve, held_out_curves(manifest.alignment))
     values = {
         **_facts(release, counts),
         **licence_values(licence, _changes(manifest)),
@@ -101,7 +105,7 @@ def _described(release: Release, repo_id: str | None, licence: Licence) -> Descr
         library="loram-hub",  # with `transformers`, the Hub would offer to serve a training proxy
         licence=licence,
         tags=(LORAM_TAG, "pruned", *(("bitsandbytes", "4-bit") if release.is_quantized else ())),
-        datasets=tuple(sorted({name for name in _corpora(manifest) if is_hub_id(name)})),
+        datasets=tuple(sorted({hub_id for name in _corpora(manifest) if (hub_id := _hub_dataset(name))})),
         model="pruned",
     )
 
@@ -124,6 +128,20 @@ def _corpora(manifest: Manifest) -> tuple[str, ...]:
     return tuple(name for name in corpora if isinstance(name, str))
 
 
+def _hub_dataset(name: str) -> str | None:
+    """Return the Hub id in a corpus's name, `org/name` or `org/name:config`; None for files, which have no owner."""
+    hub_id = name.partition(":")[0]
+    return hub_id if is_hub_id(hub_id) else None
+
+
+def _corpus(name: str) -> Markdown:
+    hub_id = _hub_dataset(name)
+    if hub_id is None:
+        return code(name)
+    config = name.removeprefix(hub_id).removeprefix(":")
+    return Markdown(hub_link(hub_id, kind="datasets/") + (f" {code(config)}" if config else ""))
+
+
 def _facts(release: Release, counts: ParameterCounts) -> dict[str, object]:
     manifest, pruning = release.manifest, release.manifest.pruning
     whole = release.architecture.num_hidden_layers - len(release.plan.kept)
@@ -133,7 +151,8 @@ def _facts(release: Release, counts: ParameterCounts) -> dict[str, object]:
         "base_is_local": not is_hub_id(manifest.base.id),
         "is_quantized": release.is_quantized,
         "is_sixteen_bit": not release.is_quantized and _dtype(release) in ("bfloat16", "float16"),
-        "is_aligned": manifest.alignment is not None,
+        "is_aligned": _is_aligned(manifest),
+        "is_refitted": _refit(manifest) is not None,
         "may_be_trained": "saved" in manifest.recipe,
         "ratio": Markdown(f"{pruning.pruning_ratio:g}"),
         "method": pruning.method,
@@ -146,8 +165,12 @@ def _facts(release: Release, counts: ParameterCounts) -> dict[str, object]:
         "channels": _range(counts.kept[layer].channels for layer in release.plan.kept),
         "all_channels": count(release.architecture.intermediate_size),
         "calibration": _pairs(pruning.calibration),
-        "alignment": _pairs({k: v for k, v in (manifest.alignment or {}).items() if k not in ("losses", "corpora")}),
-        "corpora": [hub_link(name, kind="datasets/") for name in _corpora(manifest)[:20]],
+        "alignment": _pairs(
+            {key: value for key, value in (manifest.alignment or {}).items() if key not in _NOT_IN_ONE_LINE}
+        ),
+        "refit": _pairs(_refit(manifest)),
+        "held_out": _held_out(manifest),
+        "corpora": [_corpus(name) for name in _corpora(manifest)[:20]],
         "plan_sha256": release.plan.digest,
         "config_sha256": manifest.base.config_sha256,
         "tools": _pairs(manifest.tools),
@@ -166,10 +189,28 @@ def _dtype(release: Release) -> object:
     return release.config.get("dtype", release.config.get("torch_dtype"))
 
 
+def _is_aligned(manifest: Manifest) -> bool:
+    """Whether the weights were trained; a refit in closed form, which `alignment` records as well, is no training."""
+    return manifest.alignment is not None and set(manifest.alignment) != {"refit"}
+
+
+def _refit(manifest: Manifest) -> Mapping[str, object] | None:
+    refit = (manifest.alignment or {}).get("refit")
+    return refit if isinstance(refit, Mapping) else None
+
+
+def _held_out(manifest: Manifest) -> Markdown | None:
+    """Show what alignment did to the loss on held-out texts of each corpus."""
+    curves = held_out_curves(manifest.alignment).items()
+    shown = [f"{code(name)} {points[0][1]:.4f} to {points[-1][1]:.4f}" for name, points in curves if len(points) > 1]
+    return Markdown(", ".join(shown)) if shown else None
+
+
 def _changes(manifest: Manifest) -> Markdown:
     done = [
         "its files were modified: rows and columns of the weights were removed",
-        *(["the rest was trained further"] if manifest.alignment is not None or "saved" in manifest.recipe else []),
+        *([f"{_REFITTED} in closed form"] if _refit(manifest) is not None else []),
+        *(["the rest was trained further"] if _is_aligned(manifest) or "saved" in manifest.recipe else []),
         *(["quantized to NF4"] if manifest.quantization is not None else []),
     ]
     return Markdown(", ".join(done))
