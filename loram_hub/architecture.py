@@ -226,6 +226,16 @@ class Architecture:
         return tuple(w for w in self.layer_weights if w.is_projection)
 
     @property
+    def output_projections(self) -> tuple[Weight, ...]:
+        """The matrices that write to the residual stream, attention's first: `o_proj` and `down_proj`."""
+        return tuple(w for w in self.projections if w.axes[0] == ("hidden",))
+
+    @property
+    def normalizes_outputs(self) -> bool:
+        """Whether what these matrices give passes a norm before it is added (Gemma 2 and 3, OLMo 2)."""
+        return any(w.module == "post_feedforward_layernorm" for w in self.layer_weights)
+
+    @property
     def group_rows(self) -> Mapping[str, int]:
         """Rows (or columns) that one channel group has in a unit."""
         queries_per_group = self.num_attention_heads // self.num_key_value_heads

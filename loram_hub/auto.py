@@ -112,6 +112,13 @@ class AutoLoramModel:
         return model
 
 
+def model_on_meta(release: Release) -> PreTrainedModel:
+    """Build the model of a release in its pruned shapes on the meta device, for whoever brings the weights himself."""
+    config = _model_config(release)
+    with torch.device("meta"):
+        return _pruned_class(release)(config)
+
+
 def _model_config(release: Release) -> PreTrainedConfig:
     """Make the base's config, and a model of it without weights: what transformers cannot build, it says here."""
     model_type = release.architecture.family.model_type
@@ -286,4 +293,4 @@ def _disable_cpu_repacking(model: PreTrainedModel) -> None:
             vars(module)["support_avx512bf16_for_cpu"] = False
 
 
-__all__ = ["AutoLoramModel", "supported_dtype"]
+__all__ = ["AutoLoramModel", "model_on_meta", "supported_dtype"]

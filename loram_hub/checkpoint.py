@@ -13,8 +13,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -119,16 +119,31 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, or the shard ends too early.
         """
+        with self._shard_of(name) as shard:
+            tensor: torch.Tensor = shard.get_tensor(name)
+        return tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read rows `start` to `stop` (at least one) of a tensor; nothing else of it comes into memory.
+
+        Raises:
+            CheckpointError: no such tensor, or the shard ends too early.
+        """
+        with self._shard_of(name) as shard:
+            rows: torch.Tensor = shard.get_slice(name)[start:stop]
+        return rows
+
+    @contextmanager
+    def _shard_of(self, name: str) -> Iterator[Any]:
         if name not in self.tensors:
             raise CheckpointError(f"Tensor {name!r} is not in the checkpoint {self.folder}.")
         file = self.tensors[name].file
         try:
             if file not in self._handles:
                 self._handles[file] = self._open_files.enter_context(safe_open(file, framework="pt", backend="pread"))
-            tensor: torch.Tensor = self._handles[file].get_tensor(name)
+            yield self._handles[file]
         except (SafetensorError, OSError) as err:
             raise CheckpointError(f"Tensor {name!r} cannot be read from {file}: {err}") from err
-        return tensor
 
 
 def read_config(folder: Path) -> dict[str, Any]:

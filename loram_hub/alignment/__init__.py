@@ -1,12 +1,13 @@
 """Alignment: continual pre-training of the pruned weights on general text (LoRAM, arXiv 2502.13533, eq. 8).
 
-    settings      what is asked for
+    settings      how to train; requests: all that is asked for, checked and opened
+    estimates     what that takes
     launch        which processes there are, and that they are the wanted ones
     model         the pruned model, sharded over them (torch FSDP2)
     objective     next-token loss and divergence from a teacher, a chunk of logits at a time
     optimization  AdamW on each process's own rows, schedule, clipping
     batches       the training stream, read by the first process and handed to all
-    checkpoints   what a killed run resumes from
+    checkpoints   what a killed run resumes from; state_files: the files of one
     curves, trackers   what was measured
     training      the loop
     runs          the folder of a run: what it is, its lock, its log

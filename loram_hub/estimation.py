@@ -1,0 +1,327 @@
+"""What making a release needs: bytes on disk and in memory, floating-point operations, seconds, money.
+
+All of it follows from `config.json` and a few settings; nothing is measured here. Letters: N parameters of the model
+that runs, D tokens, W processes, L layers, H hidden size, V vocabulary, T tokens of a sequence.
+
+- A token costs 2 N operations forward and 4 N backward (Kaplan et al., arXiv 2001.08361, section 2.1), and 2 N more
+  where activation checkpointing runs each layer again. N counts what multiplies: everything but an untied embedding.
+  Attention scores are left out; at T = 512 they are about one part in a hundred.
+- What each of W processes holds while it trains is told by `loram_hub.alignment.estimates`, beside what holds it.
+- Streaming steps are bound by the disk or by arithmetic, whichever is slower.
+
+Times are for the machine that `Hardware` describes. It is paid as a whole, also while one of its GPUs works.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from loram_hub.architecture import EMBEDDING, LM_HEAD, Architecture, LayerSizes, layer_tensor
+from loram_hub.errors import InvalidRequestError
+from loram_hub.plan import parameter_counts
+
+SIXTEEN_BIT = 2
+"""Bytes of a weight in bf16 or fp16."""
+TAYLOR_LAYERS = 5
+"""Peak memory of streamed Taylor importance in layers: weights, gradients, scores in fp32, activations, and what the
+allocator keeps. `benchmarks/taylor_memory.py` measures 5 at 8 to 32 layers."""
+_COMPUTED = {"fp32": 4, "mixed": 2, "bf16": 2}
+"""Bytes of a weight and an activation where they are computed with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """A machine, as far as estimates need to know it."""
+
+    gpu: str
+    """Name of the GPU, for people."""
+    count: int = 1
+    """GPUs, over all nodes."""
+    memory_gib: float
+    """Memory of one, in GiB."""
+    tflops: float
+    """Peak of one in dense bf16 arithmetic, in 10^12 operations per second, as its maker states it."""
+    utilization: float = 0.4
+    """Share of the peak that training reaches, in (0, 1]. 0.4 is usual for sharded training."""
+    disk_gb_per_second: float = 1.0
+    """What the disk reads and writes, in 10^9 bytes per second."""
+    network_mb_per_second: float = 100.0
+    """What comes from and goes to the Hub, in 10^6 bytes per second."""
+    price_per_gpu_hour: float | None = None
+    """Rent of one GPU for an hour, in US dollars."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; raises `InvalidRequestError`."""
+        for name in ("count", "memory_gib", "tflops", "disk_gb_per_second", "network_mb_per_second"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; a number above 0 is needed.")
+        if not 0 < self.utilization <= 1:
+            raise InvalidRequestError(f"utilization is {self.utilization}; a share in (0, 1] is needed.")
+        if self.price_per_gpu_hour is not None and not 0 <= self.price_per_gpu_hour < math.inf:
+            raise InvalidRequestError(f"price_per_gpu_hour is {self.price_per_gpu_hour}; a number from 0 is needed.")
+
+    def seconds(self, *, flops: float = 0.0, disk_bytes: float = 0.0, gpus: int = 1) -> float:
+        """Return max(operations / (GPUs * peak * utilization), bytes / disk speed)."""
+        arithmetic = flops / (gpus * self.tflops * 1e12 * self.utilization)
+        return max(arithmetic, disk_bytes / (self.disk_gb_per_second * 1e9))
+
+    def transfer_seconds(self, nbytes: float) -> float:
+        """Return bytes / network speed."""
+        return nbytes / (self.network_mb_per_second * 1e6)
+
+    def price(self, seconds: float) -> float | None:
+        """Return what the whole machine costs for a time, in US dollars."""
+        return None if self.price_per_gpu_hour is None else seconds / 3600 * self.count * self.price_per_gpu_hour
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What one stage needs."""
+
+    output_bytes: int = 0
+    """What it leaves on the disk."""
+    scratch_bytes: int = 0
+    """What it needs on the disk besides, while it runs."""
+    memory_bytes: int = 0
+    """Peak of what it computes with: of one GPU, or of main memory without one. Libraries are not counted."""
+    flops: float = 0.0
+    """Floating-point operations."""
+    disk_bytes: int = 0
+    """What it reads and writes."""
+    network_bytes: int = 0
+    """What it downloads or uploads."""
+    gpus: int = 1
+    """GPUs that work at the same time."""
+
+    def seconds(self, hardware: Hardware) -> float:
+        """Return the time on a machine."""
+        working = hardware.seconds(flops=self.flops, disk_bytes=self.disk_bytes, gpus=self.gpus)
+        return working + hardware.transfer_seconds(self.network_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSize:
+    """A model as the estimates see it: pruned or not."""
+
+    parameters: int
+    """Every parameter, tied embeddings counted once."""
+    embedding: int
+    """Parameters of the embeddings, V * H."""
+    head: int
+    """Parameters of an lm_head of its own; 0 if it is tied."""
+    layers: tuple[int, ...]
+    """Parameters of each decoder layer."""
+    widths: tuple[tuple[int, int, int], ...]
+    """Per layer: query rows, key rows, MLP channels."""
+    hidden_size: int
+    vocab_size: int
+    largest_tensor: int
+    """Elements of the largest tensor."""
+    nf4_bytes: int
+    """Bytes with the projections in NF4."""
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token is multiplied with: all but embeddings that are only looked up."""
+        return self.parameters - (self.embedding if self.head else 0)
+
+    @property
+    def bytes_16(self) -> int:
+        """Bytes in 16 bit."""
+        return SIXTEEN_BIT * self.parameters
+
+    @property
+    def largest_layer(self) -> int:
+        """Parameters of the largest layer."""
+        return max(self.layers)
+
+
+def model_size(architecture: Architecture, layers: Sequence[LayerSizes] | None = None) -> ModelSize:
+    """Measure a model.
+
+    Args:
+        architecture: the base model's.
+        layers: sizes of each layer, from `planned_sizes`; None for the base model.
+    """
+    sizes = [architecture.whole_layer] * architecture.num_hidden_layers if layers is None else list(layers)
+    shapes = architecture.tensor_shapes(sizes)
+    counts = {name: math.prod(shape) for name, shape in shapes.items()}
+    return ModelSize(
+        parameters=sum(counts.values()),
+        embedding=counts[EMBEDDING],
+        head=counts.get(LM_HEAD, 0),
+        layers=tuple(
+            sum(counts[layer_tensor(layer, weight.name)] for weight in architecture.layer_weights)
+            for layer in range(len(sizes))
+        ),
+        widths=tuple(_widths(architecture, layer) for layer in sizes),
+        hidden_size=architecture.hidden_size,
+        vocab_size=architecture.vocab_size,
+        largest_tensor=max(counts.values()),
+        nf4_bytes=parameter_counts(architecture, sizes).nf4_bytes,
+    )
+
+
+def _widths(architecture: Architecture, layer: LayerSizes) -> tuple[int, int, int]:
+    return (
+        architecture.unit_width("query", layer),
+        architecture.unit_width("key_value", layer),
+        architecture.unit_width("channel", layer),
+    )
+
+
+def prune_cost(base: ModelSize, pruned: ModelSize, *, method: str, tokens: int) -> Cost:
+    """Estimate `prune`.
+
+    Slicing reads every weight once, magnitude scores read them once more, Taylor scores twice: forward, and backward
+    with each layer run again, 8 N D operations. Taylor keeps each layer's input on disk, L D H numbers, and
+    `TAYLOR_LAYERS` layers in memory; the others hold the largest tensor.
+
+    Args:
+        base: before.
+        pruned: after.
+        method: `taylor`, `magnitude` or `random`.
+        tokens: of calibration.
+    """
+    taylor = method == "taylor"
+    reads = {"taylor": 3, "magnitude": 2}.get(method, 1)
+    return Cost(
+        output_bytes=pruned.bytes_16,
+        scratch_bytes=4 * len(base.layers) * tokens * base.hidden_size if taylor else 0,
+        memory_bytes=SIXTEEN_BIT * max(base.largest_tensor, TAYLOR_LAYERS * base.largest_layer * taylor),
+        flops=8.0 * base.active * tokens if taylor else 0.0,
+        disk_bytes=reads * base.bytes_16 + pruned.bytes_16,
+    )
+
+
+def refit_cost(base: ModelSize, pruned: ModelSize, *, tokens: int) -> Cost:
+    """Estimate `refit`: base and pruned model run once side by side, a layer of each in memory.
+
+    A layer of K kept inputs adds a K x K matrix of products in fp64 (8 K^2 bytes, 2 K^2 D operations) and its
+    factorization (K^3 / 3).
+    """
+    inputs = [max(query, channels) for query, _, channels in pruned.widths]
+    products = sum(2.0 * kept**2 * tokens + kept**3 / 3 for kept in inputs)
+    return Cost(
+        output_bytes=pruned.bytes_16,
+        memory_bytes=SIXTEEN_BIT * (base.largest_layer + pruned.largest_layer) + 3 * 8 * max(inputs) ** 2,
+        flops=2.0 * (base.active + pruned.active) * tokens + products,
+        disk_bytes=base.bytes_16 + 3 * pruned.bytes_16,
+    )
+
+
+def teach_cost(
+    base: ModelSize, *, sequences: int, sequence_length: int, k: int, block_sequences: int, gpus: int
+) -> Cost:
+    """Estimate `teach`: 2 N D operations; the base is read once for every block of sequences.
+
+    Written are, for each of D positions, k token ids (4 bytes), k log-probabilities (2 bytes) and the token itself.
+    In memory are two layers and the hidden states of a block.
+    """
+    tokens = sequences * sequence_length
+    written = tokens * (6 * k + 4)
+    blocks = -(-sequences // block_sequences)
+    return Cost(
+        output_bytes=written,
+        memory_bytes=SIXTEEN_BIT * (2 * base.largest_layer + 2 * block_sequences * sequence_length * base.hidden_size),
+        flops=2.0 * base.active * tokens,
+        disk_bytes=blocks * base.bytes_16 + written,
+        gpus=gpus,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignmentShape:
+    """The settings of an alignment that decide what it needs."""
+
+    tokens: int
+    """D, over all steps."""
+    sequence_length: int
+    micro_batch_size: int
+    """Sequences that a process takes through the model at a time."""
+    loss_chunk: int
+    """Tokens whose logits are in memory at a time."""
+    precision: str
+    """`mixed`, `bf16` or `fp32`."""
+    activation_checkpointing: bool
+    checkpoints: int
+    """How often one is written."""
+    keep_checkpoints: int
+    processes: int
+    """W."""
+
+
+def activation_bytes(pruned: ModelSize, shape: AlignmentShape) -> int:
+    """Bytes of activations of one micro-batch, and of the logits of one chunk.
+
+    A layer with Q query and K key rows and C channels keeps c (4 H + 3 Q + 3 K + 4 C) bytes per token: inputs of the
+    projections, queries and keys before and after rotation, values, gate and up and their product; and 8 H for the
+    norms in fp32. Attention scores are not kept (scaled_dot_product_attention). With activation checkpointing a layer
+    keeps c H, and one at a time has all of it. A chunk of n tokens has n V logits, their gradients in fp32, and both
+    in c bytes.
+    """
+    computed = _COMPUTED[shape.precision]
+    tokens = shape.micro_batch_size * shape.sequence_length
+    hidden = pruned.hidden_size
+    per_layer = [
+        computed * (4 * hidden + 3 * query + 3 * key + 4 * channels) + 8 * hidden
+        for query, key, channels in pruned.widths
+    ]
+    kept = computed * hidden * len(per_layer) + max(per_layer) if shape.activation_checkpointing else sum(per_layer)
+    logits = min(shape.loss_chunk, tokens) * pruned.vocab_size * (8 + 2 * computed)
+    return tokens * kept + logits
+
+
+def align_cost(pruned: ModelSize, shape: AlignmentShape, *, state_bytes: int, checkpoint_bytes: int) -> Cost:
+    """Estimate `align`: 6 N D operations, 8 N D with activation checkpointing, divided among W processes.
+
+    On the disk are the checkpoints that are kept and the one that is being written.
+
+    Args:
+        pruned: what is trained.
+        shape: how.
+        state_bytes: what a process holds besides activations: its rows of weights, gradients and optimizer state, and
+            what it gathers to compute with. `loram_hub.alignment.estimates` has the formula.
+        checkpoint_bytes: of one checkpoint.
+    """
+    per_token = 8.0 if shape.activation_checkpointing else 6.0
+    return Cost(
+        output_bytes=pruned.bytes_16,
+        scratch_bytes=(shape.keep_checkpoints + 1) * checkpoint_bytes,
+        memory_bytes=state_bytes + activation_bytes(pruned, shape),
+        flops=per_token * pruned.active * shape.tokens,
+        disk_bytes=2 * pruned.bytes_16 + checkpoint_bytes * shape.checkpoints,
+        gpus=shape.processes,
+    )
+
+
+def quantize_cost(pruned: ModelSize) -> Cost:
+    """Estimate `quantize`: every weight is read once; the largest tensor and its codes are in memory."""
+    return Cost(
+        output_bytes=pruned.nf4_bytes,
+        memory_bytes=SIXTEEN_BIT * 2 * pruned.largest_tensor,
+        disk_bytes=pruned.bytes_16 + pruned.nf4_bytes,
+    )
+
+
+def evaluate_cost(models: Iterable[tuple[ModelSize, int]], *, tokens: int, spread: int = 1) -> Cost:
+    """Estimate `evaluate`: 2 N D operations for each model, one after the other; each is in memory as a whole.
+
+    Args:
+        models: size and bytes of each as it is stored.
+        tokens: D at most.
+        spread: GPUs that a model is spread over; they work in turn.
+    """
+    found = list(models)
+    return Cost(
+        memory_bytes=max(nbytes for _, nbytes in found) // spread,
+        flops=sum(2.0 * model.active * tokens for model, _ in found),
+        disk_bytes=sum(nbytes for _, nbytes in found),
+    )
+
+
+def transfer_cost(nbytes: int, *, kept: bool) -> Cost:
+    """Estimate a download (which stays on the disk) or an upload."""
+    return Cost(output_bytes=nbytes if kept else 0, network_bytes=nbytes)
