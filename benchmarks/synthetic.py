@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def llama_config(**sizes: int) -> dict[str, Any]:
         "eos_token_id": 2,
         **sizes,
     }
+
+
+def layer_bytes(config: dict[str, Any]) -> int:
+    """Bytes of a whole decoder layer in fp32."""
+    architecture = architecture_of(config)
+    whole = architecture.whole_layer
+    return 4 * sum(math.prod(architecture.shape(weight, whole)) for weight in architecture.layer_weights)
 
 
 def random_plan(config: dict[str, Any], pruning_ratio: float, *, seed: int = 0) -> Plan:

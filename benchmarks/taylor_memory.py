@@ -91,18 +91,11 @@ def only_import() -> dict[str, Any]:
 
 def make_base(folder: str, layers: int, sizes: dict[str, int]) -> dict[str, Any]:
     import torch
-    from synthetic import llama_config, write_checkpoint
+    from synthetic import layer_bytes, llama_config, write_checkpoint
 
     config = llama_config(**sizes, num_hidden_layers=layers)
     write_checkpoint(Path(folder), config, dtype=torch.float32)
-    return {"layer": _layer_bytes(config)}
-
-
-def _layer_bytes(config: dict[str, Any]) -> int:
-    from loram_hub.architecture import architecture_of
-
-    whole = architecture_of(config)
-    return 4 * sum(int(np.prod(whole.shape(weight, whole.whole_layer))) for weight in whole.layer_weights)
+    return {"layer": layer_bytes(config)}
 
 
 def streamed_scores(folder: str, scores: str) -> dict[str, Any]:

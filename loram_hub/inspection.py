@@ -11,9 +11,9 @@ from typing import Any, Literal
 from loram_hub.adapter import check_adapter, check_base, pinned_revision
 from loram_hub.architecture import architecture_of
 from loram_hub.checkpoint import read_config
-from loram_hub.errors import AccessError, IncompatibleError, InvalidRequestError, UnsupportedModelError
+from loram_hub.errors import AccessError, InvalidRequestError, UnsupportedModelError
 from loram_hub.files import read_json
-from loram_hub.hub import METADATA_FILES, Source, fetch_release, resolve, resolve_config, source_of
+from loram_hub.hub import METADATA_FILES, Source, fetch_release, find_base, resolve, resolve_config, source_of
 from loram_hub.hub.fetching import list_files
 from loram_hub.manifest import MANIFEST
 from loram_hub.plan import ParameterCounts, PruningSettings, parameter_counts, planned_sizes
@@ -21,7 +21,6 @@ from loram_hub.release import (
     ADAPTER_CONFIG,
     Release,
     base_config_of,
-    check_base_config,
     check_repository,
     compare_weights,
     is_release,
@@ -218,26 +217,13 @@ def _check_repository(release: Release, source: Source, token: str | bool | None
 def _check_base(release: Release, base: str | os.PathLike[str] | None, token: str | bool | None, *, full: bool) -> str:
     """Compare a release with its base; returns what was compared."""
     named = release.manifest.base
-    if base is None and named.commit is None:
-        raise InvalidRequestError(
-            f"The release was pruned from a local folder, {named.id!r}; say where it is with --base."
-        )
-    wanted = named.id if base is None else base
-    commit = named.commit if str(wanted) == named.id else None
-    config = resolve_config(wanted, revision=commit, token=token)
-    found = source_of(config.parent)
-    if found.id == named.id and named.commit is not None and found.commit not in (None, named.commit):
-        raise IncompatibleError(
-            f"{config.parent} is {found.id} at commit {found.commit}; the release was pruned from {named.commit}. "
-            "Give that commit."
-        )
-    check_base_config(release, config)
+    found = find_base(release, base, token=token)
     compared = "the base's config: its SHA-256, and every setting of the release"
-    if named.commit is not None and named.commit in (found.commit, commit):
+    if named.commit is not None and named.commit == found.commit:
         compared += "; the base's commit"
     if not full:
         return compared
-    nbytes = compare_weights(release, resolve(wanted, revision=commit, token=token).folder)
+    nbytes = compare_weights(release, resolve(found.name, revision=found.revision, token=token).folder)
     return f"{compared}; {nbytes:,} bytes of kept weights, bit by bit"
 
 

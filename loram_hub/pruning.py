@@ -6,26 +6,21 @@ eq. 3).
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from huggingface_hub.utils import tqdm
-from transformers import AutoTokenizer
 
-from loram_hub.architecture import LM_HEAD, Architecture, architecture_of, is_ignored_tensor
+from loram_hub.architecture import LM_HEAD, Architecture, is_ignored_tensor
 from loram_hub.checkpoint import CONFIG, Checkpoint, ShardWriter, copy_companions
-from loram_hub.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
+from loram_hub.errors import InvalidRequestError
 from loram_hub.files import refuse_existing, refuse_overlap, sha256_of
-from loram_hub.hub import Source, resolve
+from loram_hub.hub import Source, check_base_checkpoint, resolve
 from loram_hub.importance import Importance, importance_scores, parse_importance
 from loram_hub.manifest import BaseModel, Manifest, Pruning
 from loram_hub.plan import (
@@ -38,18 +33,14 @@ from loram_hub.plan import (
     pruned_layers,
 )
 from loram_hub.quantization import as_nf4, quantized_tensors, sixteen_bit
-from loram_hub.release import Release, check_settings, open_release, release_config, write_release
-from loram_hub.texts import calibration_ids, read_texts
+from loram_hub.release import Release, open_release, release_config, write_release
+from loram_hub.streaming import check_device
+from loram_hub.texts import Calibration, describe_calibration, read_calibration
 
 logger = logging.getLogger(__name__)
 
-Calibration: TypeAlias = torch.Tensor | npt.NDArray[np.int64] | str | os.PathLike[str] | list[str] | None
-"""Token ids (samples, tokens), or texts: a list, a file, a folder or a dataset id."""
-
 CALIBRATION_SAMPLES = 32
 """Rows of calibration when texts are given; LLM-Pruner uses 10 of 64 tokens."""
-CALIBRATION_RECORDS = 10_000
-"""Records read at most: a dataset on the Hub may have billions."""
 CALIBRATION_TOKENS = 128
 """Tokens per row of calibration when texts are given."""
 
@@ -210,11 +201,12 @@ def _checked(
     method = parse_importance(importance)
     out = Path(out_dir).expanduser()
     refuse_existing(out, overwrite=overwrite)
-    _check_device_and_seed(device, seed)
+    _check_seed(seed)
+    check_device(device)
     source = resolve(base, revision=revision, token=token)
     refuse_overlap(out, source.folder)
     with Checkpoint(source.folder) as checkpoint:
-        architecture = _check_base(checkpoint, source)
+        architecture = check_base_checkpoint(checkpoint, source)
         planned_sizes(architecture, settings)
         yield _Job(
             source=source,
@@ -227,26 +219,9 @@ def _checked(
         )
 
 
-def _check_device_and_seed(device: str | None, seed: int) -> None:
-    """Fail at once, not after the first layers."""
+def _check_seed(seed: int) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise InvalidRequestError(f"seed is {seed!r}; a whole number from 0 is needed.")
-    try:
-        torch.empty(1, device=device or "cpu")
-    except (RuntimeError, AssertionError) as err:
-        raise InvalidRequestError(f"device {device!r} cannot be used here: {str(err).splitlines()[0]}") from err
-
-
-def _check_base(checkpoint: Checkpoint, source: Source) -> Architecture:
-    if "quantization_config" in checkpoint.config:
-        raise UnsupportedModelError(
-            f"{source.id} is itself quantized ({checkpoint.config['quantization_config'].get('quant_method')}). "
-            "Prune the original 16-bit model; a release can be quantized afterwards."
-        )
-    architecture = architecture_of(checkpoint.config)
-    architecture.check_tensors(checkpoint.shapes, source=source.id)
-    check_settings(release_config(checkpoint.config), architecture, source=f"{source.id}: {CONFIG}")
-    return architecture
 
 
 def _calibration(given: Calibration, folder: Path, seed: int) -> torch.Tensor:
@@ -255,27 +230,13 @@ def _calibration(given: Calibration, folder: Path, seed: int) -> torch.Tensor:
             "Taylor importance needs calibration: pass token ids (samples, tokens), or a file, folder or dataset with "
             "texts. importance='magnitude' and 'random' need none."
         )
-    if isinstance(given, np.ndarray):
-        given = torch.from_numpy(given)
-    if isinstance(given, torch.Tensor):
-        if given.is_floating_point() or given.is_complex():
-            raise InvalidRequestError(f"Calibration must be token ids, whole numbers; found {given.dtype}.")
-        return given.cpu().long()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as err:
-        raise CheckpointError(
-            f"{folder} has no tokenizer that transformers can open, which calibration texts need: {err} "
-            "Add one, or give calibration as token ids."
-        ) from err
-    texts = read_texts(given, limit=CALIBRATION_RECORDS)
-    return calibration_ids(texts, tokenizer, samples=CALIBRATION_SAMPLES, tokens=CALIBRATION_TOKENS, seed=seed)
+    return read_calibration(given, folder, samples=CALIBRATION_SAMPLES, tokens=CALIBRATION_TOKENS, seed=seed)
 
 
 def _manifest(job: _Job, plan: Plan, *, seed: int) -> Manifest:
     source, settings, importance, calibration = job.source, job.settings, job.importance, job.calibration
     counts = parameter_counts(plan.architecture, plan.layers)
-    described = None if calibration is None else _describe_calibration(calibration)
+    described = None if calibration is None else describe_calibration(calibration)
     pruning = Pruning(
         method="structured",
         importance=str(importance),
@@ -306,11 +267,6 @@ def _manifest(job: _Job, plan: Plan, *, seed: int) -> Manifest:
         }
     }
     return Manifest(base=base, pruning=pruning, parameters=counts.pruned_parameters, recipe=recipe)
-
-
-def _describe_calibration(ids: torch.Tensor) -> Mapping[str, Any]:
-    data = np.ascontiguousarray(ids.numpy(), dtype="<i8").tobytes()
-    return {"samples": ids.shape[0], "tokens": ids.shape[1], "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _write(

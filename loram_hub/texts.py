@@ -1,13 +1,14 @@
 """Text data in, token ids out: what calibration, alignment and evaluation read.
 
 Data is named by one *specification*, the same everywhere: a list in memory, a file (`.jsonl`, `.json`, `.txt`,
-`.parquet`), a folder of such files, or the id of a dataset on the Hub (`org/name`, or `org/name:config`). A record is a
-text (`{"text": ...}` or a plain string) or a task (`{"prompt": ..., "completion": ...}`, the names that TRL uses). A
-`.txt` file is one text.
+`.parquet`), a folder of such files, or the id of a dataset on the Hub (`org/name`, or `org/name:config`, each also with
+`@revision`). A record is a text (`{"text": ...}` or a plain string) or a task (`{"prompt": ..., "completion": ...}`, the
+names that TRL uses). A `.txt` file is one text.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -16,19 +17,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from loram_hub.errors import AccessError, InvalidRequestError, MissingDependencyError, VerificationError
+from loram_hub.errors import (
+    AccessError,
+    CheckpointError,
+    InvalidRequestError,
+    MissingDependencyError,
+    VerificationError,
+)
 from loram_hub.files import parse_json
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 """Kinds of files that are read; others in a folder are passed over."""
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^/]+)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^/@]+)?(@[^@\s]+)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +52,11 @@ class Example:
 
 Record = str | Example | Mapping[str, object]
 Specification = str | os.PathLike[str] | Sequence[Record]
+
+Calibration: TypeAlias = "torch.Tensor | npt.NDArray[np.int64] | str | os.PathLike[str] | list[str] | None"
+"""Token ids (samples, tokens), or texts: a list, a file, a folder or a dataset id."""
+CALIBRATION_RECORDS = 10_000
+"""Records read at most: a dataset on the Hub may have billions."""
 
 
 def read_texts(spec: Specification, *, split: str = "train", limit: int | None = None) -> list[str]:
@@ -82,9 +96,9 @@ def read_examples(spec: Specification, *, split: str = "train", limit: int | Non
 
 
 def dataset_id(spec: Specification) -> str | None:
-    """Return the Hub id of a specification that is one; None for a list, file or folder."""
+    """Return the Hub id of a specification that is one, without its revision; None for a list, file or folder."""
     is_id = isinstance(spec, str) and not Path(spec).expanduser().exists()
-    return str(spec) if is_id else None
+    return str(spec).partition("@")[0] if is_id else None
 
 
 def _name(spec: Specification) -> str:
@@ -163,9 +177,11 @@ def _records_of_dataset(name: str, split: str) -> Iterator[tuple[str, object]]:
         raise MissingDependencyError(
             f"{name} is no file or folder; reading it from the Hub needs: pip install datasets"
         ) from err
-    repository, _, config = name.partition(":")
+    dataset, _, revision = name.partition("@")
+    repository, _, config = dataset.partition(":")
+    pinned = {"revision": revision} if revision else {}
     try:
-        records = datasets.load_dataset(repository, config or None, split=split, streaming=True)
+        records = datasets.load_dataset(repository, config or None, split=split, streaming=True, **pinned)
         yield from ((f"{name} row {idx}", record) for idx, record in enumerate(records))
     except (datasets.exceptions.DatasetNotFoundError, HfHubHTTPError, ConnectionError) as err:
         raise AccessError(f"{name} is no file or folder, and it cannot be had from the Hub: {err}") from err
@@ -234,3 +250,63 @@ def calibration_ids(
         )
     rows = [opening + stream[start : start + per_row] for start in range(0, needed, per_row)]
     return torch.LongTensor(rows)
+
+
+def read_calibration(given: Calibration, tokenizer: Path, *, samples: int, tokens: int, seed: int) -> torch.Tensor:
+    """Return calibration as token ids, whether it was given as ids or as texts.
+
+    Args:
+        given: see `Calibration`.
+        tokenizer: folder of the model whose tokenizer texts go through.
+        samples: rows, where texts were given.
+        tokens: length of a row, where texts were given.
+        seed: of the choice of texts.
+
+    Returns:
+        Token ids of shape (samples, tokens), int64, on the CPU.
+
+    Raises:
+        InvalidRequestError: none were given, or no token ids, or the texts are too short.
+        CheckpointError: the folder has no tokenizer that can be opened.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    if given is None:
+        raise InvalidRequestError(
+            "Calibration is needed: pass token ids (samples, tokens), or a file, folder or dataset with texts."
+        )
+    if not isinstance(given, str | os.PathLike | list):
+        ids = torch.as_tensor(given)
+        if ids.is_floating_point() or ids.is_complex():
+            raise InvalidRequestError(f"Calibration must be token ids, whole numbers; found {ids.dtype}.")
+        return ids.cpu().long()
+    try:
+        opened = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as err:
+        raise CheckpointError(
+            f"{tokenizer} has no tokenizer that transformers can open, which calibration texts need: {err} "
+            "Add one, or give calibration as token ids."
+        ) from err
+    texts = read_texts(given, limit=CALIBRATION_RECORDS)
+    return calibration_ids(texts, opened, samples=samples, tokens=tokens, seed=seed)
+
+
+def check_calibration(ids: torch.Tensor, *, vocab_size: int) -> None:
+    """Raise `InvalidRequestError` unless calibration is token ids of the model, at least 1 sample of 2 tokens."""
+    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or ids.is_floating_point():
+        raise InvalidRequestError(
+            "Calibration must be token ids of shape (samples, tokens), at least 1 sample of 2 tokens; "
+            f"found {ids.dtype} of shape {tuple(ids.shape)}."
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise InvalidRequestError(
+            f"Calibration has token ids from {low} to {high}; the vocabulary has {vocab_size:,}. Wrong tokenizer?"
+        )
+
+
+def describe_calibration(ids: torch.Tensor) -> dict[str, Any]:
+    """Return what a manifest says of calibration ids: samples, tokens, and the SHA-256 of the ids as int64."""
+    data = ids.numpy().astype("<i8").tobytes()
+    return {"samples": ids.shape[0], "tokens": ids.shape[1], "sha256": hashlib.sha256(data).hexdigest()}

@@ -1,9 +1,13 @@
 """The only package that talks to the network, always through huggingface_hub.
 
-`fetching` turns names of models, releases and adapters into local folders; `publishing` puts a set of files on the Hub
-in two phases; `access` says which failures pass, and turns the others into one kind of error.
+`fetching` turns names of models, releases and adapters into local folders, `bases` finds the base of a release;
+`publishing` puts a set of files on the Hub in two phases; `access` says which failures pass, and turns the others into
+one kind of error.
 """
 
+from loram_hub.hub.bases import FoundBase as FoundBase
+from loram_hub.hub.bases import check_base_checkpoint as check_base_checkpoint
+from loram_hub.hub.bases import find_base as find_base
 from loram_hub.hub.fetching import ADAPTER_FILES as ADAPTER_FILES
 from loram_hub.hub.fetching import CHECKPOINT_FILES as CHECKPOINT_FILES
 from loram_hub.hub.fetching import METADATA_FILES as METADATA_FILES

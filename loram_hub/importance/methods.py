@@ -15,6 +15,7 @@ from loram_hub.checkpoint import Checkpoint
 from loram_hub.errors import InvalidRequestError
 from loram_hub.importance.groups import GroupScores, Scores
 from loram_hub.importance.taylor import StreamedTaylor
+from loram_hub.texts import check_calibration
 
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "random": (),
@@ -91,23 +92,9 @@ def importance_scores(
         return {layer: _magnitude_scores(checkpoint, architecture, layer, power) for layer in bar}
     if calibration is None:
         raise InvalidRequestError("Taylor importance needs calibration: token ids, or a file or dataset with texts.")
-    _check_calibration(calibration, architecture)
+    check_calibration(calibration, vocab_size=architecture.vocab_size)
     taylor = StreamedTaylor(checkpoint, architecture, str(importance.variant), device or "cpu", dtype, batch_size)
     return taylor.scores(calibration, wanted)
-
-
-def _check_calibration(ids: torch.Tensor, architecture: Architecture) -> None:
-    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or ids.is_floating_point():
-        raise InvalidRequestError(
-            "Calibration must be token ids of shape (samples, tokens), at least 1 sample of 2 tokens; "
-            f"found {ids.dtype} of shape {tuple(ids.shape)}."
-        )
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= architecture.vocab_size:
-        raise InvalidRequestError(
-            f"Calibration has token ids from {low} to {high}; "
-            f"the vocabulary has {architecture.vocab_size:,}. Wrong tokenizer?"
-        )
 
 
 def _random_scores(architecture: Architecture, layer: int, seed: int) -> dict[Space, npt.NDArray[np.float32]]:

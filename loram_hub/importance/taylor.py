@@ -53,9 +53,7 @@ class StreamedTaylor:
             for layer in range(last):
                 stored_inputs.write(layer, hidden_NTH)
                 with self._model.layer(layer) as module:
-                    hidden_NTH = self._model.forward(
-                        module, hidden_NTH, layer_kwargs[layer], batch_size=self._batch_size
-                    )
+                    self._model.forward_(module, hidden_NTH, layer_kwargs[layer], batch_size=self._batch_size)
                 bar.update()
             gradient_NTH = self._loss_gradient(hidden_NTH, ids_NT)
             bar.update()

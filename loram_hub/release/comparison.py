@@ -71,6 +71,8 @@ def refuse_incomparable(release: Release) -> None:
     why = (
         "is NF4"
         if manifest.quantization is not None
+        else "was refitted"
+        if manifest.alignment is not None and set(manifest.alignment) == {"refit"}
         else "was aligned"
         if manifest.alignment is not None
         else "was saved from memory, where it may have been trained"

@@ -20,9 +20,18 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from loram_hub.architecture import EMBEDDING, LAYER_PREFIX, LM_HEAD, Architecture, LayerSizes, layer_tensor
 from loram_hub.checkpoint import Checkpoint
+from loram_hub.errors import InvalidRequestError
 from loram_hub.release import base_config_of
 from loram_hub.shaping import shrink_layer_
 from loram_hub.streaming.stand_ins import HiddenStates, Recorder, first_output, return_freed_memory
+
+
+def check_device(device: str | None) -> None:
+    """Raise `InvalidRequestError` if nothing can be computed on a device here: at once, not after the first layers."""
+    try:
+        torch.empty(1, device=device or "cpu")
+    except (RuntimeError, AssertionError) as err:
+        raise InvalidRequestError(f"device {device!r} cannot be used here: {str(err).splitlines()[0]}") from err
 
 
 class StreamedModel:
@@ -85,23 +94,26 @@ class StreamedModel:
             with ExitStack() as loaded, torch.no_grad():
                 for module, prefix in parts:
                     loaded.enter_context(self._loaded(module, prefix))
-                hidden = []
-                for start in range(ids_NT.shape[0]):
-                    inner(input_ids=ids_NT[start : start + 1].to(self.device), use_cache=False)
-                    hidden.append(cast("torch.Tensor", recorders[0].hidden_states).cpu())
+                hidden_NTH = torch.empty(*ids_NT.shape, self._architecture.hidden_size, dtype=self.dtype)
+                for sample, ids in enumerate(ids_NT.split(1)):
+                    inner(input_ids=ids.to(self.device), use_cache=False)
+                    hidden_NTH[sample] = cast("torch.Tensor", recorders[0].hidden_states)[0]
         finally:
             inner.layers = nn.ModuleList(self.layers)
-        return torch.cat(hidden), [recorder.kwargs for recorder in recorders]
+        return hidden_NTH, [recorder.kwargs for recorder in recorders]
 
-    def forward(
+    def run(self, module: nn.Module, hidden_BTH: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Run a layer that has its weights on one batch, without gradients; the result is on the device."""
+        with torch.no_grad():
+            return first_output(module(hidden_BTH.to(self.device), **kwargs))
+
+    def forward_(
         self, module: nn.Module, hidden_NTH: torch.Tensor, kwargs: Mapping[str, Any], *, batch_size: int
     ) -> torch.Tensor:
-        """Run a layer that has its weights on hidden states from the CPU, without gradients; returns to the CPU."""
-        with torch.no_grad():
-            outputs = [
-                first_output(module(batch.to(self.device), **kwargs)).cpu() for batch in hidden_NTH.split(batch_size)
-            ]
-        return torch.cat(outputs)
+        """Run a layer that has its weights on hidden states on the CPU, and put its outputs in their place."""
+        for batch in hidden_NTH.split(batch_size):
+            batch.copy_(self.run(module, batch, kwargs))
+        return hidden_NTH
 
     @contextmanager
     def head(self) -> Iterator[Callable[..., Any]]:
