@@ -2,8 +2,8 @@
 
 Data is named by one *specification*, the same everywhere: a list in memory, a file (`.jsonl`, `.json`, `.txt`,
 `.parquet`), a folder of such files, or the id of a dataset on the Hub (`org/name`, or `org/name:config`, each also with
-`@revision`). A record is a text (`{"text": ...}` or a plain string) or a task (`{"prompt": ..., "completion": ...}`, the
-names that TRL uses). A `.txt` file is one text.
+`@revision`). A record is a text (`{"text": ...}` or a plain string) or a task (`{"prompt": ..., "completion": ...}`,
+the names that TRL uses). A `.txt` file is one text.
 """
 
 from __future__ import annotations

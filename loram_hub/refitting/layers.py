@@ -29,7 +29,7 @@ from loram_hub.checkpoint import Checkpoint
 from loram_hub.plan import Plan
 from loram_hub.refitting.least_squares import ColumnFit
 from loram_hub.refitting.settings import RefitSettings
-from loram_hub.streaming import StreamedModel
+from loram_hub.streaming import StreamedModel, return_freed_memory
 
 BATCH_SIZE = 8
 """Samples in one forward pass; fixed, for the bytes of a release depend on it."""
@@ -88,7 +88,8 @@ def _solve_outputs(
         with base.layer(layer) as module:
             _compare(base, module, matrices, hidden_NTH, layer_kwargs[layer])
         solved = {matrix.name: matrix.fit.solve(settings.ridge, matrix.dtype) for matrix in matrices}
-        del matrices  # before the next layer has its weights
+        del matrices
+        return_freed_memory()  # before the next layer has its weights
         if solved:
             yield layer, solved
 
@@ -141,13 +142,16 @@ def _solve_residuals(
     for layer in range(wanted[-1] + 1):
         with base.layer(layer) as module:
             between_NTH = _advance(base, module, attention, base_NTH, base_kwargs[layer])
+        targets = {attention: between_NTH, mlp: base_NTH} if layer in wanted else {}
+        solved: dict[str, torch.Tensor] = {}
         with pruned.layer(layer) as module:
-            solved: dict[str, torch.Tensor] = {}
-            for weight, target_NTH in ((attention, between_NTH), (mlp, base_NTH)) if layer in wanted else ():
-                fit = _fit_to_stream(pruned, module, weight, pruned_NTH, target_NTH, pruned_kwargs[layer])
-                name = layer_tensor(layer, weight.name)
+            for weight, target_NTH in targets.items():
+                name, parameter = layer_tensor(layer, weight.name), module.get_parameter(weight.name)
+                fit = ColumnFit(name, parameter)
+                _show_stream(pruned, module, weight, fit, pruned_NTH, target_NTH, pruned_kwargs[layer])
                 solved[name] = fit.solve(settings.ridge, release.read(name).dtype)
-                module.get_parameter(weight.name).copy_(solved[name])  # what follows sees what the release will hold
+                parameter.copy_(solved[name])  # what follows sees what the release will hold
+                del fit, parameter
             pruned.forward_(module, pruned_NTH, pruned_kwargs[layer], batch_size=BATCH_SIZE)
         if solved:
             yield layer, solved
@@ -166,24 +170,23 @@ def _advance(
     return between_NTH
 
 
-def _fit_to_stream(
+def _show_stream(
     model: StreamedModel,
     module: nn.Module,
     weight: Weight,
+    fit: ColumnFit,
     hidden_NTH: torch.Tensor,
     target_NTH: torch.Tensor,
     kwargs: Mapping[str, Any],
-) -> ColumnFit:
-    """Fit one matrix of a layer so that the residual stream after its sub-block lands on the target."""
+) -> None:
+    """Show the fit of one of a layer's matrices how far the residual stream after its sub-block is from the target."""
     ends_attention = "query" in weight.axes[1]
-    fit = ColumnFit(weight.name, module.get_parameter(weight.name))
     with _watched(module, [weight.module]) as seen:
         for states_BTH, target_BTH in zip(hidden_NTH.split(BATCH_SIZE), target_NTH.split(BATCH_SIZE), strict=True):
             reached_BTH = model.run(module, states_BTH, kwargs)
             if ends_attention:
                 reached_BTH = states_BTH.to(model.device) + seen[weight.module].outputs
             fit.add(seen[weight.module].inputs, target_BTH.to(model.device) - reached_BTH)
-    return fit
 
 
 @dataclass(slots=True)
