@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from loram_hub.alignment import align as align
     from loram_hub.auto import AutoLoramModel as AutoLoramModel
     from loram_hub.errors import LoramError as LoramError
     from loram_hub.evaluation import evaluate as evaluate
@@ -18,39 +19,50 @@ if TYPE_CHECKING:
     from loram_hub.inspection import info as info
     from loram_hub.inspection import verify as verify
     from loram_hub.merging import merge as merge
+    from loram_hub.pipeline import publish as publish
     from loram_hub.pruning import prune as prune
     from loram_hub.pushing import push as push
     from loram_hub.pushing import push_adapter as push_adapter
     from loram_hub.quantization import quantize as quantize
     from loram_hub.recovery import recover as recover
+    from loram_hub.refitting import refit as refit
+    from loram_hub.teaching import teach as teach
 
 _HOME = {
     "AutoLoramModel": "auto",
     "LoramError": "errors",
+    "align": "alignment",
     "count_parameters": "inspection",
     "evaluate": "evaluation",
     "info": "inspection",
     "merge": "merging",
     "prune": "pruning",
+    "publish": "pipeline",
     "push": "pushing",
     "push_adapter": "pushing",
     "quantize": "quantization",
     "recover": "recovery",
+    "refit": "refitting",
+    "teach": "teaching",
     "verify": "inspection",
 }
 
 __all__ = [
     "AutoLoramModel",
     "LoramError",
+    "align",
     "count_parameters",
     "evaluate",
     "info",
     "merge",
     "prune",
+    "publish",
     "push",
     "push_adapter",
     "quantize",
     "recover",
+    "refit",
+    "teach",
     "verify",
 ]
 

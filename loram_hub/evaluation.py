@@ -137,7 +137,7 @@ def evaluate(
         recovered: the recovered adapter, for the base.
         max_tokens: longer texts are split, longer tasks lose the start of their prompt.
         batch_size: sequences per forward pass at most; the result does not depend on it.
-        device: where the models run; None for the CPU.
+        device: where the models run; None for the CPU, `auto` to spread each over all GPUs.
         dtype: that the models compute in; None for the best the device has in hardware.
         limit: read at most this many records of the data.
         allow_base_mismatch: take another state of the base than the one that the recovered adapter was made for.
@@ -157,8 +157,8 @@ def evaluate(
     _check_models(base=base, release=release, adapter=adapter, recovered=recovered)
     if batch_size < 1:
         raise InvalidRequestError(f"batch_size is {batch_size}; at least 1 sequence is needed.")
-    where = device or "cpu"
-    chosen = dtype or supported_dtype(where.partition(":")[0])
+    placement: str | dict[str, int | str] = "auto" if device == "auto" else {"": device or "cpu"}
+    chosen = dtype or supported_dtype(_kind_of_device(device))
     recovered_folder = None if recovered is None else resolve(recovered, files=ADAPTER_FILES).folder
     base_folder = None if base is None else str(_resolve_base(base, recovered_folder, allow_base_mismatch))
     release_folder = None if release is None else str(resolve(release).folder)
@@ -167,12 +167,12 @@ def evaluate(
 
     def load_base() -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            base_folder or "", dtype=chosen, device_map={"": where}
+            base_folder or "", dtype=chosen, device_map=placement
         )
         return model
 
     def load_pruned() -> PreTrainedModel:
-        return AutoLoramModel.from_pretrained(release_folder or "", device_map={"": where}, dtype=chosen)
+        return AutoLoramModel.from_pretrained(release_folder or "", device_map=placement, dtype=chosen)
 
     rows: list[EvaluationRow] = []
     if base_folder is not None:
@@ -186,6 +186,12 @@ def evaluate(
         cut_examples=cut_examples,
         dataset=dataset_id(data),
     )
+
+
+def _kind_of_device(device: str | None) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return (device or "cpu").partition(":")[0]
 
 
 def encode_examples(

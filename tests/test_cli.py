@@ -37,6 +37,24 @@ EXPECTED_OPTIONS = {
         "private", "gated", "license", "evaluation", "tag", "collection", "message", "overwrite", "token", "dry-run",
         "json",
     },
+    "align": {
+        "corpus", "steps", "batch-size", "micro-batch-size", "sequence-length", "held-out", "seed", "learning-rate",
+        "warmup-steps", "precision", "optimizer", "trainable", "teacher", "distillation", "activation-checkpointing",
+        "compile", "processes", "evaluate-every", "save-every", "report-to", "settings", "run-dir", "resume", "device",
+        "overwrite", "dry-run", "revision", "token", "json",
+    },
+    "teach": {
+        "corpus", "steps", "batch-size", "sequence-length", "held-out", "seed", "k", "block-sequences", "settings",
+        "device", "overwrite", "dry-run", "revision", "token", "json",
+    },
+    "refit": {
+        "calibration", "base", "target", "ridge", "samples", "tokens", "seed", "device", "overwrite", "dry-run",
+        "revision", "token", "json",
+    },
+    "publish": {
+        "repo-id", "work-dir", "launcher", "until", "keep-intermediate", "ignore-versions", "token", "dry-run", "json",
+    },
+    "config-schema": set(),
     "info": {"revision", "token", "json"},
     "verify": {"full", "base", "revision", "token", "json"},
     "recover": {"release", "dtype", "overwrite", "dry-run", "revision", "token", "json"},

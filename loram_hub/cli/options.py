@@ -13,7 +13,9 @@ AS_JSON = "loram_hub.json"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
+def combined(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
+    """Make one decorator of several, which apply in the order in which they are given."""
+
     def apply(function: _F) -> _F:
         for option in reversed(options):
             function = option(function)
@@ -30,18 +32,18 @@ def _note_json(context: click.Context, _: click.Parameter, value: bool) -> bool:
 json_option = click.option(
     "--json", "as_json", is_flag=True, callback=_note_json, help="Print one JSON document on stdout."
 )
-hub_options = _options(
+hub_options = combined(
     click.option("--revision", help="Branch, tag or commit of a Hub id."),
     click.option("--token", help="Hub token; by default HF_TOKEN, or the one you are logged in with."),
 )
-write_options = _options(
+write_options = combined(
     click.option(
         "--overwrite", is_flag=True, help="Replace the output folder; the old one stays until the new one is complete."
     ),
     click.option("--dry-run", is_flag=True, help="Check everything and say what would be written, without writing."),
 )
 STRUCTURE = ("pruning_ratio", "keep_first", "keep_last", "round_to")
-structure_options = _options(
+structure_options = combined(
     click.option("--pruning-ratio", type=float, default=0.85, show_default=True, help="Share removed, in [0, 1)."),
     click.option("--keep-first", type=int, default=4, show_default=True, help="Whole layers at the start."),
     click.option("--keep-last", type=int, default=2, show_default=True, help="Whole layers at the end."),

@@ -95,13 +95,13 @@ def print_info(described: Mapping[str, Any]) -> None:
     print_counts(described)
 
 
-def print_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in columns."""
+def print_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]], *, err: bool = False) -> None:
+    """Print rows in columns, on stdout or stderr."""
     lines = [list(header)] if header else []
     lines += [list(row) for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), err=err)
 
 
 def print_release(folder: Path, as_json: bool) -> None:

@@ -1,0 +1,23 @@
+"""From a recipe to a published release: prune, refit, teach, align, quantize, evaluate, card, push, resumable.
+
+recipe        what is asked for, as frozen dataclasses
+fields        the keys of a recipe, read off them
+yaml_text, reading, schema   recipes from YAML, strictly; their JSON Schema
+materials     base and data, each at one commit
+stages        what each stage reads, makes and depends on
+workspace     the folder: outputs, and records of what they were made of
+assessment    which stages hold, which are to do, and why
+preview       estimates of disk, memory, time and cost
+checks        what can fail late, checked early
+launching     a step in several processes
+publishing    `publish` and `check_publish`, which put all this together
+"""
+
+from loram_hub.pipeline.preview import Preview as Preview
+from loram_hub.pipeline.publishing import Published as Published
+from loram_hub.pipeline.publishing import check_publish as check_publish
+from loram_hub.pipeline.publishing import publish as publish
+from loram_hub.pipeline.reading import read_recipe as read_recipe
+from loram_hub.pipeline.reading import recipe_from as recipe_from
+from loram_hub.pipeline.recipe import Recipe as Recipe
+from loram_hub.pipeline.schema import recipe_schema as recipe_schema

@@ -1,0 +1,149 @@
+"""Estimates against sums done by hand, and against what tiny models really take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from base_configs import BASES
+from builders import tiny_architecture
+
+from loram_hub.architecture import Architecture, architecture_of
+from loram_hub.errors import InvalidRequestError
+from loram_hub.estimation import (
+    AlignmentShape,
+    Hardware,
+    activation_bytes,
+    align_cost,
+    evaluate_cost,
+    model_size,
+    prune_cost,
+    quantize_cost,
+    refit_cost,
+    teach_cost,
+)
+from loram_hub.plan import PruningSettings, parameter_counts, planned_sizes
+from loram_hub.teaching.settings import teacher_bytes
+
+H100 = Hardware(gpu="H100", count=8, memory_gib=80, tflops=989, price_per_gpu_hour=2.5)
+SHAPE = AlignmentShape(
+    tokens=1600 * 128 * 512,
+    sequence_length=512,
+    micro_batch_size=4,
+    loss_chunk=1024,
+    precision="mixed",
+    activation_checkpointing=True,
+    checkpoints=16,
+    keep_checkpoints=2,
+    processes=8,
+)
+
+
+def llama_70b() -> Architecture:
+    return architecture_of(BASES["meta-llama/Llama-2-70b-hf"][0])
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_sizes_are_those_that_are_known_of_each_base(base: str) -> None:
+    config, parameters = BASES[base]
+
+    assert model_size(architecture_of(config)).parameters == parameters
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3", "phi3", "olmo2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_is_the_sum_of_its_parts(model_type: str, tied: bool) -> None:
+    architecture = tiny_architecture(model_type, tie_word_embeddings=tied)
+    sizes = planned_sizes(architecture, PruningSettings(pruning_ratio=0.4, keep_first=1, keep_last=1))
+
+    found = model_size(architecture, sizes)
+
+    shapes = architecture.tensor_shapes(sizes)
+    assert found.parameters == sum(math.prod(shape) for shape in shapes.values())
+    assert found.parameters == sum(found.layers) + found.embedding + found.head + architecture.hidden_size
+    assert found.head == (0 if tied else found.embedding)
+    assert found.active == found.parameters - found.head
+    assert found.largest_tensor == max(math.prod(shape) for shape in shapes.values())
+    assert found.nf4_bytes == parameter_counts(architecture, sizes).nf4_bytes
+
+
+def test_aligning_the_papers_70b_takes_what_the_formulas_say() -> None:
+    architecture = llama_70b()
+    pruned = model_size(architecture, planned_sizes(architecture, PruningSettings(pruning_ratio=0.85)))
+
+    cost = align_cost(pruned, SHAPE, state_bytes=10**10, checkpoint_bytes=2 * 10**11)
+
+    multiplied = 16_272_924_672 - 32_000 * 8192  # the embedding is looked up
+    assert cost.flops == 8 * multiplied * 104_857_600
+    assert cost.scratch_bytes == 3 * 2 * 10**11
+    assert cost.output_bytes == 2 * 16_272_924_672
+    assert cost.memory_bytes == 10**10 + activation_bytes(pruned, SHAPE)
+    seconds = cost.flops / (8 * 989e12 * 0.4)
+    assert cost.seconds(H100) == pytest.approx(seconds, rel=1e-12)
+    assert H100.price(seconds) == pytest.approx(seconds / 3600 * 8 * 2.5)
+    without = align_cost(pruned, replace(SHAPE, activation_checkpointing=False), state_bytes=0, checkpoint_bytes=0)
+    assert without.flops / cost.flops == 6 / 8
+
+
+def test_activations_are_counted_by_token_layer_and_chunk() -> None:
+    pruned = model_size(tiny_architecture(layers=3))
+    shape = replace(SHAPE, sequence_length=16, micro_batch_size=2, loss_chunk=8, precision="fp32")
+
+    kept = activation_bytes(pruned, shape)
+    whole = activation_bytes(pruned, replace(shape, activation_checkpointing=False))
+
+    layer = 4 * (4 * 24 + 3 * 60 + 3 * 30 + 4 * 37) + 8 * 24
+    logits = 8 * 53 * 16
+    assert kept == 32 * (3 * 4 * 24 + layer) + logits
+    assert whole == 32 * 3 * layer + logits
+
+
+def test_streaming_steps_wait_for_the_slower_of_disk_and_arithmetic() -> None:
+    base = model_size(llama_70b())
+    pruned = model_size(llama_70b(), planned_sizes(llama_70b(), PruningSettings(pruning_ratio=0.85)))
+
+    taylor = prune_cost(base, pruned, method="taylor", tokens=4096)
+    assert taylor.disk_bytes == 3 * base.bytes_16 + pruned.bytes_16
+    assert taylor.flops == 8 * base.active * 4096
+    assert taylor.seconds(H100) == pytest.approx(taylor.disk_bytes / 1e9)
+    slow = replace(H100, tflops=0.5)
+    assert taylor.seconds(slow) == pytest.approx(taylor.flops / (0.5e12 * 0.4))
+    assert prune_cost(base, pruned, method="random", tokens=4096).disk_bytes == base.bytes_16 + pruned.bytes_16
+    assert prune_cost(base, pruned, method="random", tokens=4096).flops == 0
+    assert refit_cost(base, pruned, tokens=8192).flops > 2 * (base.active + pruned.active) * 8192
+
+
+def test_a_teacher_reads_the_base_once_for_each_block_and_writes_what_its_shards_hold() -> None:
+    base = model_size(llama_70b())
+
+    cost = teach_cost(base, sequences=1000, sequence_length=512, k=64, block_sequences=300, gpus=8)
+
+    assert cost.output_bytes == teacher_bytes(1000, 512, 64)
+    assert cost.disk_bytes == 4 * base.bytes_16 + cost.output_bytes
+    assert cost.flops == 2 * base.active * 512_000
+
+
+def test_evaluation_holds_one_model_at_a_time_spread_over_gpus() -> None:
+    base, pruned = model_size(llama_70b()), model_size(tiny_architecture())
+
+    cost = evaluate_cost([(base, base.bytes_16), (pruned, pruned.nf4_bytes)], tokens=1000, spread=8)
+
+    assert cost.memory_bytes == base.bytes_16 // 8
+    assert cost.flops == 2 * (base.active + pruned.active) * 1000
+
+
+def test_quantizing_writes_nf4() -> None:
+    pruned = model_size(tiny_architecture())
+
+    assert quantize_cost(pruned).output_bytes == pruned.nf4_bytes < pruned.bytes_16
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"count": 0}, {"utilization": 1.5}, {"utilization": 0.0}, {"tflops": math.nan}, {"price_per_gpu_hour": -1.0}],
+)
+def test_a_machine_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=next(iter(changes))):
+        replace(H100, **changes)

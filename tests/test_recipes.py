@@ -1,0 +1,253 @@
+"""Every recipe and script of `publish/`, run with a tiny model in place of the base."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from base_configs import BASES
+from hub_client import python
+from hub_server import HubServer
+from pipeline_materials import save_texts, save_tiny_base, tiny_recipe, write_recipe
+
+from loram_hub.alignment.estimates import estimate
+from loram_hub.architecture import architecture_of
+from loram_hub.corpora import Corpus
+from loram_hub.licences import duties, licence_of
+from loram_hub.manifest import read_manifest
+from loram_hub.pipeline import Recipe, publish, read_recipe
+from loram_hub.pipeline.preview import describe, hours_text, plan_of_any_groups, size_text, stage_costs
+from loram_hub.plan import parameter_counts, planned_sizes
+
+PUBLISH = Path(__file__).parents[1] / "publish"
+RECIPES = (
+    "llama-2-13b", "llama-2-70b", "llama-2-70b-0.75", "llama-3.1-70b", "llama-3.1-8b", "mistral-small", "qwen2.5-72b",
+    "qwen3-32b", "smollm2-135m",
+)  # fmt: skip
+SCRIPTS = ("release.sh", "slurm.sh", "torchrun.sh")  # the first is run by test_end_to_end.py
+THE_PAPERS = {
+    "llama-2-13b": 6_005_662_720,
+    "llama-2-70b": 16_272_924_672,
+    "llama-2-70b-0.75": 21_488_738_304,
+    "llama-3.1-70b": 17_849_982_976,
+}
+
+
+def recipe_of(name: str) -> Recipe:
+    return read_recipe(PUBLISH / f"{name}.yaml")
+
+
+def test_these_are_all_recipes_and_scripts() -> None:
+    assert RECIPES
+    assert sorted(path.name for path in PUBLISH.iterdir()) == sorted(
+        ["README.md", *(f"{name}.yaml" for name in RECIPES), *SCRIPTS]
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_figures_at_the_head_of_a_recipe_are_what_the_estimate_gives(name: str) -> None:
+    recipe = recipe_of(name)
+    text = (PUBLISH / f"{name}.yaml").read_text()
+    head = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
+
+    lines = describe(recipe, architecture_of(BASES[recipe.base][0]))
+
+    assert lines == head[1 : 1 + len(lines)]
+    assert len(lines) >= 5
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_suits_its_base(name: str) -> None:
+    recipe = recipe_of(name)
+    config, parameters = BASES[recipe.base]
+    architecture = architecture_of(config)
+
+    counts = parameter_counts(architecture, planned_sizes(architecture, recipe.prune.structure))
+
+    assert counts.original_parameters == parameters
+    assert counts.pruned_parameters == THE_PAPERS.get(name, counts.pruned_parameters) < parameters
+    assert f"{recipe.prune.structure.pruning_ratio:g}" in recipe.repo_id
+    unmet = duties(licence_of(recipe.base), repo_name=recipe.repo_id, documents={}, card="")
+    assert not [duty.how for duty in unmet if duty.what.startswith("the name") and not duty.met]
+    assert recipe.align is not None
+    assert recipe.hardware is not None
+    assert (recipe.align.settings.processes or 1) == recipe.hardware.count
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    save_texts(folder / "texts.jsonl", count=120)
+    return folder
+
+
+def shrunk(recipe: Recipe, place: Path) -> Recipe:
+    """Return a recipe for a tiny model of the same family and local texts, in one process on the CPU."""
+    model_type = str(BASES[recipe.base][0]["model_type"])
+    base = place / f"tiny-{model_type}"
+    if not base.exists():
+        save_tiny_base(base, model_type=model_type, layers=8)
+    texts = str(place / "texts.jsonl")
+    assert recipe.align is not None
+    assert recipe.evaluate is not None
+    few = replace(
+        recipe.align.settings, steps=2, warmup_steps=1, batch_size=2, sequence_length=16, held_out=1, processes=None,
+        shuffle_window=16,
+    )  # fmt: skip
+    return replace(
+        recipe,
+        base=str(base),
+        revision=None,
+        device=None,
+        prune=replace(recipe.prune, calibration=texts),
+        align=replace(recipe.align, settings=few, corpora=(Corpus(source=texts),), launcher=()),
+        evaluate=replace(recipe.evaluate, data=texts, limit=2, max_tokens=16, device=None),
+        push=None,
+    )
+
+
+def test_every_recipe_makes_a_release_that_can_be_pushed(place: Path) -> None:
+    for name in RECIPES:
+        recipe = recipe_of(name)
+        small = shrunk(recipe, place)
+        measured = ["evaluate"] if name == RECIPES[0] else []  # the same in all, and the longest of all stages
+        published = publish(small if measured else replace(small, evaluate=None), work_dir=place / name)
+
+        stages = [stage.name for stage in published.stages if stage.made]
+        assert stages == ["prune", "align", "quantize", *measured, "card"], name
+        manifest = read_manifest(published.release)
+        assert manifest.pruning.pruning_ratio == recipe.prune.structure.pruning_ratio
+        assert manifest.alignment is not None
+        assert manifest.quantization is not None
+        assert recipe.repo_id.partition("/")[2] in (published.release / "README.md").read_text()
+        shutil.rmtree(place / name / "aligned-run")
+
+    with HubServer(place / "hub") as hub:
+        problems = python(
+            hub,
+            place / "home",
+            """
+from loram_hub.pushing import push
+found = {}
+for argument in sys.argv[1:]:
+    folder, repo_id = argument.split("=")
+    pushed = push(folder, repo_id, license="mit", dry_run=True)
+    found[repo_id] = [list(pushed.problems), len(pushed.files)]
+print(json.dumps(found))
+""",
+            *(f"{place / name / 'quantized'}={recipe_of(name).repo_id}" for name in RECIPES),
+        )
+    assert len(problems) == len(RECIPES)
+    assert all(files > 8 and not stopped for stopped, files in problems.values()), problems
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_is_sound_shell(script: str) -> None:
+    text = (PUBLISH / script).read_text()
+
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert "set -euo pipefail" in text
+    assert os.access(PUBLISH / script, os.X_OK)
+    assert subprocess.run(["bash", "-n", PUBLISH / script], check=False).returncode == 0
+    options = set(re.findall(r"torchrun .*?(--[\w-]+)", text))
+    assert options <= {"--nnodes", "--nproc-per-node", "--standalone", "--node-rank", "--rdzv-backend"}
+
+
+def executable(path: Path, text: str) -> None:
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_the_slurm_script_trains_on_every_task_it_is_given(place: Path, tmp_path: Path) -> None:
+    """With a stand-in for SLURM, but with a real torchrun and two real processes."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    executable(tools / "scontrol", 'echo "127.0.0.1"')
+    executable(tools / "srun", 'while [[ $1 == -* ]]; do shift; done; echo "$@" >> "$SEEN"; exec "$@"')
+    executable(tools / "loram", f'exec {sys.executable} -m loram_hub "$@"')
+    bin_folder = Path(sys.executable).parent
+    base = place / "tiny-llama"
+    if not base.exists():
+        save_tiny_base(base, layers=8)
+    changes = {"base": str(base), "evaluate": None}
+    recipe = tiny_recipe(place) | changes
+    recipe["align"] |= {"processes": 2}
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(tools), str(bin_folder), os.environ["PATH"]]),
+        "PYTHONPATH": str(PUBLISH.parent), "SEEN": str(tmp_path / "seen"), "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node[1-1]", "SLURM_JOB_ID": str(os.getpid()),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+    done = subprocess.run(
+        [PUBLISH / "slurm.sh", write_recipe(tmp_path / "recipe.yaml", recipe), "--work-dir", tmp_path / "work"],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert "torchrun --nnodes 1 --nproc-per-node 2" in (tmp_path / "seen").read_text()
+    assert "Training in 2 process(es)" in done.stderr
+    alignment = read_manifest(tmp_path / "work" / "aligned").alignment
+    assert alignment is not None
+    assert alignment["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"GPUS": "2"}, "--standalone --nproc-per-node 2 -m loram_hub align a b --steps 3"),
+        (
+            {"NODES": "2", "NODE": "1", "HEAD": "host"},
+            "--nnodes 2 --node-rank 1 --master-addr host --master-port 29500 --nproc-per-node gpu "
+            "-m loram_hub align a b --steps 3",
+        ),
+    ],
+)
+def test_the_torchrun_script_starts_torchrun(tmp_path: Path, environment: dict[str, str], expected: str) -> None:
+    executable(tmp_path / "torchrun", 'echo "$@"')
+    path = {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}
+
+    done = subprocess.run(
+        [PUBLISH / "torchrun.sh", "a", "b", "--steps", "3"],
+        env={**path, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.stdout.strip() == expected
+    refused = subprocess.run(
+        [PUBLISH / "torchrun.sh", "a"], env={**path, "NODES": "2"}, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode != 0
+    assert "the number of this machine" in refused.stderr
+
+
+def test_the_guide_states_what_the_estimate_gives() -> None:
+    guide = (PUBLISH.parent / "docs" / "publishing.md").read_text()
+    recipe = recipe_of("llama-2-70b")
+    assert recipe.hardware is not None
+    architecture = architecture_of(BASES[recipe.base][0])
+
+    for line in describe(recipe, architecture):
+        assert line in guide.splitlines()
+    for stage, cost in stage_costs(recipe, architecture).items():
+        row = re.search(rf"^\| {stage} \|.*$", guide, re.MULTILINE)
+        if row is not None:
+            cells = [cell.strip() for cell in row[0].strip("|").split("|")][1:]
+            stated = [size_of(nbytes) for nbytes in (cost.output_bytes, cost.scratch_bytes, cost.memory_bytes)]
+            assert cells == [*stated, hours_text(cost.seconds(recipe.hardware))]
+    sharded = re.findall(r"^\| (\d+) \| ([\d.]+) GB \| ([\d.]+) GB \|$", guide, re.MULTILINE)
+    assert [int(processes) for processes, _, _ in sharded] == [4, 8, 16]
+    plan = plan_of_any_groups(architecture, recipe.prune.structure)
+    for processes, held, gathered in sharded:
+        found = estimate(plan, recipe.align_settings, precision="mixed", processes=int(processes))
+        state = found.weight_bytes + found.gradient_bytes + found.optimizer_bytes
+        assert (f"{state / 1e9:.1f}", f"{found.working_bytes / 1e9:.1f}") == (held, gathered)
+
+
+def size_of(nbytes: int) -> str:
+    return size_text(nbytes) if nbytes else ""
