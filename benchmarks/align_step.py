@@ -1,10 +1,10 @@
 """Throughput of an alignment step against a plain step of transformers' `Trainer` on the same shapes.
 
-A random Llama (hidden 576, 9 query and 3 KV heads, 1,536 channels, 12 layers, vocabulary 16,384) is pruned to 0.65. Both, `align`
-(FSDP2 on one process, chunked loss, log and held-out evaluation as by default) and `Trainer` (its own loss over whole
-logits) train the same weights in the same precision with fused AdamW and clipping on batches of the same shape. Runs
-alternate, each in a process of its own; a run's figure is the median over its steps but the first three, the
-benchmark's the median over runs.
+A random Llama (hidden 576, 9 query and 3 KV heads, 1,536 channels, 12 layers, vocabulary 16,384) is pruned to 0.65.
+`align` (FSDP2 on one process, chunked loss, log as by default) and `Trainer` (its own loss over whole logits) train the
+same weights in the same precision with fused AdamW and clipping on batches of the same shape. Runs alternate, each in a
+process of its own; a run's figure is the median over its steps but the first three, the benchmark's the median over
+runs.
 
     python benchmarks/align_step.py [--quick]
     python benchmarks/align_step.py --device cuda     # 1.5 B parameters in bf16; model-FLOP utilization as well

@@ -124,15 +124,13 @@ class Study:
                         release = getattr(self, step)(release, ratio, seed)
                 self.fill(cell, release, ratio=ratio, seed=seed, variant=name, seconds=seconds())
 
-    def fill(self, cell: Path, release: Release, *, seconds: float, **names: Any) -> None:
+    def fill(self, cell: Path, release: Release, *, ratio: float, seed: int, variant: str, seconds: float) -> None:
         """Fine-tune, recover, score."""
         place = cell.with_suffix("")
-        settings = DemoSettings(
-            steps=self.budget.fine_tuning_steps, batch_size=self.budget.tasks_per_step, seed=names["seed"]
-        )
+        settings = DemoSettings(steps=self.budget.fine_tuning_steps, batch_size=self.budget.tasks_per_step, seed=seed)
         with stopwatch() as tuning_seconds:
             fine_tune(
-                release, place / "adapter", self.shuffled_tasks(names["seed"]), self.tokenizer, settings=settings,
+                release, place / "adapter", self.shuffled_tasks(seed), self.tokenizer, settings=settings,
                 device="cpu", dtype=torch.float32,
             )  # fmt: skip
         recover(place / "adapter", place / "recovered", release=release.folder, overwrite=True)
@@ -143,7 +141,9 @@ class Study:
         )  # fmt: skip
         texts = evaluate(self.held_out_texts, release=release.folder, max_tokens=TEXT_TOKENS, dtype=torch.float32)
         found = {
-            **names,
+            "ratio": ratio,
+            "seed": seed,
+            "variant": variant,
             "budget": asdict(self.budget),
             "parameters": release.manifest.parameters,
             "task_tokens": tasks.tokens,
@@ -153,7 +153,7 @@ class Study:
             "tasks_trained": tasks.loss_of("pruned + adapter"),
             "tasks_recovered": tasks.loss_of("base + recovered adapter"),
             "texts": texts.loss_of("pruned"),
-            "distance": distance(release, self.pruned(names["ratio"], names["seed"])),
+            "distance": distance(release, self.pruned(ratio, seed)),
             "seconds": round(seconds, 1),
             "tuning_seconds": round(tuning_seconds(), 1),
         }
@@ -185,11 +185,11 @@ class Study:
         settings = replace(self.settings(seed), distillation=1.0)
         return self.aligned(release, f"{release.folder.name}-distilled", settings, teacher=self.teacher(seed))
 
-    def aligned(self, release: Release, name: str, settings: AlignmentSettings, **given: Any) -> Release:
+    def aligned(self, release: Release, name: str, settings: AlignmentSettings, teacher: Path | None = None) -> Release:
         out = self.folder / name
         if out.exists():
             return open_release(out)
-        return align(release.folder, out, corpora=[Corpus(source=str(self.corpus))], settings=settings, **given)
+        return align(release.folder, out, corpora=[Corpus(source=str(self.corpus))], settings=settings, teacher=teacher)
 
     def settings(self, seed: int) -> AlignmentSettings:
         return AlignmentSettings(
@@ -232,10 +232,11 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
 
 def table(cells: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: mean and standard deviation over seeds, and the difference to `pruned` seed by seed."""
-    header = "| ratio | release | seeds | text | task, before | task, tuned | **base + recovered** | against pruned | share | moved |"
-    lines = [header, "|" + "---|" * 10]
-    lines += _rows(cells)
-    return "\n".join(lines)
+    columns = (
+        "ratio", "release", "seeds", "text", "tasks, before", "tasks, tuned", "**base + recovered**", "against pruned",
+        "share", "moved",
+    )  # fmt: skip
+    return "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *_rows(cells)])
 
 
 def _rows(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
