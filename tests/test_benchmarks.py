@@ -19,7 +19,9 @@ pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("taylor_memory", "prune_stream", "recover_70b", "load_release", "verify_speed")
+SCRIPTS = (
+    "taylor_memory", "stream_memory", "prune_stream", "recover_70b", "load_release", "verify_speed", "align_step",
+)  # fmt: skip
 
 pytestmark = pytest.mark.slow
 
