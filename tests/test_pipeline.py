@@ -415,3 +415,24 @@ def test_publish_shows_what_it_would_do_as_json(made: Path, tmp_path: Path) -> N
     failed = CliRunner().invoke(main, ["publish", str(typo), "--json"])
     assert failed.exit_code == 2
     assert "did you mean 'align'?" in json.loads(failed.stdout)["error"]["message"]
+
+
+def test_a_licence_text_that_must_travel_along_is_missed_before_the_work(made: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(made / "base", tmp_path / "base")
+    (base / "LICENSE").unlink()
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (tmp_path / "apache.txt").write_text("Apache License\nVersion 2.0, January 2004\n")
+    recipe = tiny_recipe(made, base=str(base), push={}, evaluate=None)
+
+    def problems(recipe: dict[str, Any]) -> str:
+        return " ".join(check_publish(recipe_from(recipe), work_dir=tmp_path / "work").problems)
+
+    assert "a copy of the Apache License 2.0 travels along" in problems(recipe)
+    assert "travels along" not in problems(recipe | {"license_file": str(tmp_path / "apache.txt")})
+    run(tmp_path, recipe | {"license_file": str(tmp_path / "apache.txt")}, until="card")
+    release = tmp_path / "work" / "quantized"
+    assert (release / "LICENSE").read_text() == (tmp_path / "apache.txt").read_text()
+    verify(release, ignored=lambda name: name.endswith((".md", ".png")))
+    (base / "LICENSE").write_text("Apache License")
+    with pytest.raises(InvalidRequestError, match="has a LICENSE of its own"):
+        problems(recipe | {"license_file": str(tmp_path / "apache.txt")})

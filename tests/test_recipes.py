@@ -104,6 +104,7 @@ def shrunk(recipe: Recipe, place: Path) -> Recipe:
         recipe,
         base=str(base),
         revision=None,
+        license_file=None,
         device=None,
         prune=replace(recipe.prune, calibration=texts),
         align=replace(recipe.align, settings=few, corpora=(Corpus(source=texts),), launcher=()),

@@ -36,6 +36,8 @@ _NEEDED = {
     "card": ("jinja2", "matplotlib"),
 }
 """Packages that a stage imports late."""
+BY_CARD = "(loram card does)"
+"""What a duty says where a generated card meets it."""
 _TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 
 
@@ -186,12 +188,14 @@ def _check_push(job: Job, found: Findings) -> None:
 
 
 def _check_licence(recipe: Recipe, materials: Materials) -> None:
-    """Check the duties that a generated card and what is copied from the base cannot meet: the name, and the texts."""
-    name_alone = duties(materials.licence, repo_name=recipe.repo_id, documents={}, card="")
-    unmet = [duty for duty in name_alone if duty.what.startswith("the name begins with") and not duty.met]
+    """Check the duties that a generated card and Notice do not meet: the name, and texts that must travel along."""
+    found = duties(materials.licence, repo_name=recipe.repo_id, documents=materials.licence_texts, card="")
+    unmet = [duty for duty in found if not duty.met and BY_CARD not in duty.how]
     if unmet:
+        listed = " ".join(f"{duty.what}: {duty.how}" for duty in unmet)
         raise InvalidRequestError(
-            f"repo_id {recipe.repo_id!r}: {unmet[0].what} asks {materials.licence.title}. {unmet[0].how}"
+            f"The {materials.licence.title} of {materials.base.id} asks for what {recipe.repo_id} would not have. "
+            f"{listed} A text that the base's repository lacks can be named as license_file."
         )
 
 

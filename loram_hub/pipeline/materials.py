@@ -17,6 +17,7 @@ from loram_hub.corpora import Corpus
 from loram_hub.corpora.files import find_files
 from loram_hub.digests import remembered_sha256
 from loram_hub.errors import InvalidRequestError, LoramError
+from loram_hub.files import dump_json
 from loram_hub.hub import Source, resolve
 from loram_hub.hub.fetching import is_fetched
 from loram_hub.hub.revisions import dataset_commit
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _DESCRIPTION = ("*.json", "README.md", *COMPANIONS)
 """What is fetched of a base before anything is done: everything but its weights."""
+LICENSE = "LICENSE"
+"""Name under which a licence text that a recipe adds travels along."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -40,6 +43,8 @@ class Materials:
     architecture: Architecture
     licence: Licence
     """The base's."""
+    licence_texts: Mapping[str, str]
+    """Licence files by name: the base's, and the one that the recipe adds."""
     calibration: str | None
     """As `read_texts` takes it."""
     corpora: tuple[Corpus, ...]
@@ -77,12 +82,15 @@ def find_materials(recipe: Recipe, pins: Mapping[str, str], *, token: str | bool
     calibration = finder.texts("calibration", recipe.prune.calibration)
     corpora = tuple(map(finder.corpus, align.corpora)) if align is not None else ()
     data = finder.texts("data", evaluate.data if evaluate is not None else None)
+    texts = _licence_texts(base, recipe.license_file)
+    finder.digests["licence texts"] = hashlib.sha256(dump_json(texts).encode()).hexdigest()
     if corpora:
         finder.digests["corpora"] = hashlib.sha256("\n".join(map(_identity, corpora)).encode()).hexdigest()
     return Materials(
         base=base,
         architecture=architecture_of(read_config(base.folder)),
-        licence=_licence(base, recipe.license),
+        licence=_licence(base, recipe.license, texts),
+        licence_texts=texts,
         calibration=calibration,
         corpora=corpora,
         data=data,
@@ -158,7 +166,20 @@ def _folder_digest(path: Path, *, only: Callable[[str], bool] = lambda _: True) 
     return found.hexdigest()
 
 
-def _licence(base: Source, declared: str | None) -> Licence:
+def _licence_texts(base: Source, added: str | None) -> dict[str, str]:
+    found = licence_documents(base.folder)
+    if added is None:
+        return found
+    own = [name for name in found if name.upper().startswith("LICENSE")]
+    if own:
+        raise InvalidRequestError(f"license_file is given, but {base.id} has a {own[0]} of its own. Leave it out.")
+    try:
+        return found | {LICENSE: Path(added).expanduser().read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as err:
+        raise InvalidRequestError(f"license_file {added} cannot be read as text: {err}.") from err
+
+
+def _licence(base: Source, declared: str | None, texts: Mapping[str, str]) -> Licence:
     """Find the base's licence by what the recipe, its card, its licence file and its name say."""
     card = base.folder / "README.md"
     try:
@@ -166,6 +187,4 @@ def _licence(base: Source, declared: str | None) -> Licence:
     except ValueError as err:
         logger.warning("The metadata of %s cannot be read: %s", card, err)
         metadata = {}
-    return licence_of(
-        base.id, declared=declared, on_card=declared_licence(metadata), documents=licence_documents(base.folder)
-    )
+    return licence_of(base.id, declared=declared, on_card=declared_licence(metadata), documents=texts)

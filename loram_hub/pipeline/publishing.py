@@ -200,8 +200,6 @@ class _Runner:
 
     def run(self) -> Published:
         """Run what is to do, until nothing is."""
-        for note in self._found.notes:
-            logger.info("%s", note)
         made: dict[str, str] = {}
         while one := next((one for one in self._assessed() if one.state == "to do"), None):
             if one.stage.name in made:

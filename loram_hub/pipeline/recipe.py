@@ -137,6 +137,8 @@ class Recipe:
     """Branch, tag or commit of the base; the first run pins it to a commit."""
     license: str | None = None
     """Licence of the base as the Hub names it. Left out: what its card, licence file or name tells."""
+    license_file: str | None = field(default=None, metadata={PATH: ""})
+    """Text of that licence, for bases whose repository holds none; it travels along as LICENSE."""
     seed: int = 0
     """Seed of everything that is drawn: calibration texts, random importance, the order of training texts."""
     device: str | None = None

@@ -22,7 +22,7 @@ from loram_hub.files import dump_json, read_json, resource_errors, sha256_of
 from loram_hub.hub import Source, fetch_release, look_up, resolve
 from loram_hub.manifest import MANIFEST
 from loram_hub.pipeline.launching import align_in_processes, teach_in_processes
-from loram_hub.pipeline.materials import Materials
+from loram_hub.pipeline.materials import LICENSE, Materials
 from loram_hub.pipeline.recipe import Recipe
 from loram_hub.pipeline.workspace import Workspace, remove
 from loram_hub.pruning import prune
@@ -295,15 +295,19 @@ def _card_stage(job: Job, final: str) -> Stage:
 
     def run() -> Facts:
         refuse_to_replace_edits(job)
+        added = job.final / LICENSE
+        if recipe.license_file is not None:
+            with resource_errors(f"Writing {added}"):
+                added.write_text(job.materials.licence_texts[LICENSE], encoding="utf-8")
         values = read_json(measured) if recipe.evaluate is not None else None
         card = make_card(job.final, repo_id=recipe.repo_id, license=job.materials.licence.id, evaluation=values)
-        names = write_card(job.final, card)
+        names = [*write_card(job.final, card), *([] if recipe.license_file is None else [LICENSE])]
         return {"files": {name: sha256_of(job.final / name) for name in names}}
 
     return Stage(
         name="card",
         output=None,
-        inputs=(final, "evaluate") if recipe.evaluate is not None else (final,),
+        inputs=(final, "licence texts", *(("evaluate",) if recipe.evaluate is not None else ())),
         part={"repo_id": recipe.repo_id, "license": job.materials.licence.id},
         run=run,
         digest=lambda facts: _card_digest(job.final, facts.get("files", {})),
