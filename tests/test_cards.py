@@ -449,6 +449,33 @@ def test_a_release_that_was_refitted_and_aligned_is_said_to_be_both(release: Rel
     assert "aligned by further training" not in text
 
 
+def test_a_release_that_was_refitted_after_its_alignment_shows_no_losses_of_other_weights(release: Release) -> None:
+    card = _card(_with(release, alignment={"refit": REFIT, "earlier": {**ALIGNED, "refit": {"ridge": 7}}}))
+
+    assert (
+        "trained further to make up for it, its output projections refitted in closed form afterwards: a small"
+        in card.text
+    )
+    assert "the rest was trained further, the output projections of the rest were refitted" in card.text
+    assert _row(card.text, "alignment") == (
+        "| alignment | `tokens 104857600`, `steps 1600`; before the refit, so its losses are not those of these "
+        "weights |"
+    )
+    assert "`ridge 0.05`" in _row(card.text, "refit")
+    assert "held-out loss in alignment" not in card.text
+    assert "pictures/alignment_loss.png" not in card.files
+    assert _metadata(card)["datasets"] == ["HuggingFaceFW/fineweb"]
+    assert "aligned by further training" not in card.text
+
+
+@pytest.mark.parametrize("earlier", [{"refit": REFIT}, {"earlier": {"refit": REFIT}}, "x", [1], None])
+def test_a_second_refit_is_no_training(release: Release, earlier: object) -> None:
+    text = _card(_with(release, alignment={"refit": REFIT, "earlier": earlier})).text
+
+    assert _row(text, "alignment") == "| alignment | none: no training after the refit |"
+    assert "trained further" not in text
+
+
 def test_held_out_losses_are_drawn_with_those_of_training(release: Release) -> None:
     trained_only = {key: value for key, value in ALIGNED.items() if key != "held_out"}
 

@@ -22,9 +22,9 @@ from hub_client import python
 from hub_server import Fault, HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loram_hub.corpora import (
     DEFAULT_CORPORA,
@@ -35,6 +35,7 @@ from loram_hub.corpora import (
     check_enough,
     parse_corpus,
 )
+from loram_hub.corpora.encoding import TextEncoder
 from loram_hub.corpora.stream import next_corpus
 from loram_hub.errors import AccessError, IncompatibleError, InvalidRequestError, LoramError, VerificationError
 
@@ -134,6 +135,43 @@ def same(left: Sequence[PackedSequence], right: Sequence[PackedSequence]) -> boo
         return [(one.index, one.corpus, one.ids.tolist()) for one in sequences]
 
     return plain(left) == plain(right)
+
+
+# --- encoding
+
+
+def learned_tokenizer(folder: Path, kind: str) -> PreTrainedTokenizerBase:
+    """A BPE tokenizer with control tokens, of bytes as GPT-2's or of pieces with byte fallback as Llama's."""
+    texts = ["the cat sat on the mat", "a </s> b <|end|> c", "naïve façade, 数学"] * 20
+    inner = Tokenizer(models.BPE(unk_token=None, byte_fallback=kind == "pieces"))
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else []
+    specials = ["</s>", "<|end|>", *([f"<0x{byte:02X}>" for byte in range(256)] if kind == "pieces" else [])]
+    if kind == "bytes":
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace()
+        inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials[:2], initial_alphabet=alphabet)
+    inner.train_from_iterator([text.replace("</s>", "").replace("<|end|>", "") for text in texts], trainer)
+    inner.add_tokens(specials[2:])
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", additional_special_tokens=["<|end|>"]
+    ).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_control_tokens_that_a_text_spells_out_are_text(tmp_path: Path, kind: str) -> None:
+    tokenizer = learned_tokenizer(tmp_path / kind, kind)
+    eos, end = tokenizer.convert_tokens_to_ids(["</s>", "<|end|>"])
+    plain, spelled = "the cat, naïve\n 数学 x", "the </s> cat <|end|> sat"
+    assert eos in tokenizer(spelled)["input_ids"], "the tokenizer itself would read it"
+
+    ids, starts = TextEncoder(tokenizer).encode([plain, spelled])
+
+    first, second = ids[: starts[1]].tolist(), ids[starts[1] :].tolist()
+    assert first == [*tokenizer(plain, add_special_tokens=False)["input_ids"], eos]
+    assert (second.count(eos), second[-1], second.count(end)) == (1, eos, 0)
 
 
 # --- packing
@@ -427,6 +465,27 @@ def test_held_out_documents_and_their_copies_are_never_trained_on(
     assert held_out.reshape(-1).tolist() == plain[: 3 * LENGTH]
     touched = 1 + held_out.reshape(-1).tolist()[:-1].count(EOS)
     assert trained == set(documents[touched:])
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_what_one_corpus_holds_out_no_other_is_trained_on(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, order: tuple[int, int]
+) -> None:
+    documents = some_documents(60)
+    own, other = documents[:30], documents[30:]
+    paths = [write(tmp_path / "a.jsonl", own), write(tmp_path / "b.jsonl", [*other, *own])]
+
+    stream = open_stream(*(paths[number] for number in order), tokenizer=tokenizer, held_out=3, repeat=True)
+    trained = set[Document]()
+    sequences = list(islice(stream, 300))
+    for corpus in (0, 1):
+        trained |= set(documents_in(tokens_of([one for one in sequences if one.corpus == corpus])))
+
+    touched = {
+        number: 1 + held_out.reshape(-1).tolist()[:-1].count(EOS)
+        for number, held_out in zip(order, stream.held_out, strict=True)
+    }
+    assert trained == {*own[touched[0] :], *other[touched[1] :]}
 
 
 def test_without_held_out_sequences_the_arrays_are_empty(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,8 @@ from loram_hub.inspection import verify
 from loram_hub.pruning import prune
 from loram_hub.quantization import quantize
 from loram_hub.refitting import RefitSettings, check_refit, refit
-from loram_hub.release import Release
+from loram_hub.refitting.least_squares import ColumnFit
+from loram_hub.release import Release, open_release, write_release
 
 SAMPLES, TOKENS = 11, 19  # more than a batch, and no multiple of one
 DIRECT = [family for family in FAMILIES if family not in ("gemma2", "gemma3_text", "olmo2")]
@@ -284,10 +285,73 @@ def test_a_refitted_release_can_be_refitted_again_and_quantized(tmp_path: Path, 
     again = refit(tmp_path / "one", tmp_path / "two", base=base, calibration=calibration(1))
     quantized = quantize(tmp_path / "two", tmp_path / "nf4")
 
-    assert set(again.manifest.alignment) == {"refit"}
+    first = open_release(tmp_path / "one").manifest.alignment
+    assert set(first) == {"refit"}
+    assert set(again.manifest.alignment) == {"refit", "earlier"}
+    assert again.manifest.alignment["earlier"] == first
+    assert again.manifest.alignment["refit"] != first["refit"]
     assert quantized.manifest.alignment == again.manifest.alignment
     with pytest.raises(InvalidRequestError, match="is NF4"):
         refit(tmp_path / "nf4", tmp_path / "three", base=base, calibration=calibration())
+
+
+def aligned(release: Release, out: Path) -> Release:
+    """A release whose manifest says that it was trained, with other weights."""
+    trained = {"steps": 3, "losses": [[0, 5.0], [3, 4.0]], "corpora": ["mine.jsonl"]}
+    manifest = replace(release.manifest, alignment=trained, files={})
+    with write_release(out, manifest=manifest, plan=release.plan, config=release.config) as folder:
+        tensors = {name: 1.25 * tensor for name, tensor in weights(release.folder).items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return open_release(out)
+
+
+def test_a_refit_after_an_alignment_keeps_that_as_what_came_earlier(tmp_path: Path, made: tuple[Path, Release]) -> None:
+    base, release = made
+    trained = aligned(release, tmp_path / "aligned")
+
+    done = refit(trained.folder, tmp_path / "refit", base=base, calibration=calibration())
+
+    assert set(done.manifest.alignment) == {"refit", "earlier"}
+    assert done.manifest.alignment["earlier"] == trained.manifest.alignment
+
+
+def test_the_base_of_a_refitted_release_is_told_by_what_the_refit_left(
+    tmp_path: Path, made: tuple[Path, Release]
+) -> None:
+    base, release = made
+    refit(release.folder, tmp_path / "one", base=base, calibration=calibration())
+    tuned = Path(shutil.copytree(base, tmp_path / "tuned"))
+    changed = weights(tuned)
+    changed["model.layers.1.self_attn.q_proj.weight"] += 0.01
+    save_file(changed, tuned / "model.safetensors", metadata={"format": "pt"})
+
+    for folder in (release.folder, tmp_path / "one"):
+        with pytest.raises(IncompatibleError, match=r"q_proj.*pruned from another model"):
+            refit(folder, tmp_path / "two", base=tuned, calibration=calibration())
+
+
+def test_calibration_is_not_written_over(tmp_path: Path, made: tuple[Path, Release]) -> None:
+    base, release = made
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    lines = [" ".join(f"w{4 + (number * step) % 49}" for step in range(1, 200)) for number in range(80)]
+    (texts / "a.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines), encoding="utf-8")
+
+    for out in (texts, tmp_path):
+        with pytest.raises(InvalidRequestError, match="overlap"):
+            refit(release.folder, out, base=base, calibration=texts, overwrite=True)
+    assert (texts / "a.jsonl").is_file()
+
+
+def test_columns_that_the_inputs_do_not_determine_are_refused_without_a_ridge() -> None:
+    """Rounding leaves some singular equations positive definite: their solution would be arbitrary, and huge."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        fit = ColumnFit("a matrix", torch.zeros(3, 20))
+        fit.add(torch.randn(19, 20, generator=generator), torch.randn(19, 3, generator=generator))
+
+        with pytest.raises(InvalidRequestError, match=r"20 columns of a matrix.*set a larger ridge"):
+            fit.solve(0.0, torch.float32)
 
 
 def test_check_refit_counts_and_writes_nothing(tmp_path: Path, made: tuple[Path, Release]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from builders import save_base, save_tokenizer, tiny_config
+from click.testing import CliRunner
 from filelock import FileLock
 from killed import bytes_of, run_killed
 from safetensors.numpy import load_file, save_file
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loram_hub.architecture import FAMILIES
 from loram_hub.checkpoint import Checkpoint
+from loram_hub.cli import main
 from loram_hub.corpora import Corpus, PackedStream
 from loram_hub.errors import (
     CheckpointError,
@@ -314,10 +316,78 @@ def test_a_run_goes_on_only_with_the_same_base_settings_and_texts(
     with pytest.raises(IncompatibleError, match="texts or the tokenizer have changed"):
         teach(base, tmp_path / "out", corpora=mine, settings=SETTINGS)
 
+    with pytest.raises(IncompatibleError, match="texts or the tokenizer have changed"):
+        check_teach(base, tmp_path / "out", corpora=mine, settings=SETTINGS)
+
     done = teach(base, tmp_path / "out", corpora=mine, settings=replace(SETTINGS, k=6), overwrite=True)
 
     assert done is not None
     assert done.k == 6
+
+
+def test_targets_of_texts_that_have_changed_since_are_not_returned(tmp_path: Path, base: Path) -> None:
+    mine = [write_corpus(tmp_path / "mine.jsonl")]
+    first = teach(base, tmp_path / "out", corpora=mine, settings=SETTINGS)
+    write_corpus(tmp_path / "mine.jsonl", seed=2)
+
+    with pytest.raises(IncompatibleError, match="texts or the tokenizer have changed"):
+        teach(base, tmp_path / "out", corpora=mine, settings=SETTINGS)
+
+    again = teach(base, tmp_path / "out", corpora=mine, settings=SETTINGS, overwrite=True)
+    assert first is not None
+    assert again is not None
+    assert again.record.stream_digest == stream_of(base, mine).stream_digest != first.record.stream_digest
+
+
+def test_a_local_base_is_told_by_its_weights(tmp_path: Path, corpora: list[Corpus]) -> None:
+    base = base_model(tmp_path / "base")
+    first = teach(base, tmp_path / "out", corpora=corpora, settings=SETTINGS)
+    tuned = load_file(base / "model.safetensors")
+    tuned["model.layers.1.mlp.up_proj.weight"][3, 5] += 0.5  # neither at the head nor at the tail of the file
+    save_file(tuned, base / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(IncompatibleError, match=r"these differ: base\.weights_sha256\."):
+        teach(base, tmp_path / "out", corpora=corpora, settings=SETTINGS)
+
+    again = teach(base, tmp_path / "again", corpora=corpora, settings=SETTINGS)
+    assert first is not None
+    assert again is not None
+    assert first.digest != again.digest
+
+
+def test_the_digest_covers_the_targets_themselves(taught: TeacherShards) -> None:
+    (shard, *others) = taught.record.shards
+    altered = replace(taught.record, shards=(replace(shard, sha256="0" * 64), *others))
+
+    assert altered.digest != taught.digest == taught.record.digest
+    assert altered.run_digest == taught.record.run_digest
+    moved = replace(taught.record, requested=(), corpora=())
+    assert moved.digest == taught.digest
+
+
+def test_a_process_that_finds_the_run_just_begun_by_another_joins_it(
+    tmp_path: Path, base: Path, corpora: list[Corpus], taught: TeacherShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process begins right after this one has seen that nothing was begun."""
+    from loram_hub.teaching import teaching
+
+    look, out = teaching._may_go_on, tmp_path / "out"
+
+    def look_and_be_overtaken(*args: Any) -> bool:
+        found = look(*args)
+        if not out.exists():
+            with monkeypatch.context() as other:
+                other.setattr(teaching, "_may_go_on", look)
+                other.setenv("RANK", "0")
+                assert teach(base, out, corpora=corpora, settings=SETTINGS) is None
+        return found
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(teaching, "_may_go_on", look_and_be_overtaken)
+
+    assert teach(base, out, corpora=corpora, settings=SETTINGS) is not None
+    assert bytes_of(out) == bytes_of(taught.folder)
 
 
 def test_a_folder_of_something_else_is_kept_unless_it_may_be_overwritten(
@@ -348,6 +418,36 @@ def test_check_teach_says_what_it_takes_and_writes_nothing(tmp_path: Path, base:
     assert found.weight_bytes == 3 * sum(tensor.nbytes for tensor in load_file(base / "model.safetensors").values())
     assert found.hidden_bytes == 8 * 16 * 24 * 4
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch-size"])
+def test_a_command_for_no_steps_is_refused_and_not_taken_for_the_default(
+    tmp_path: Path, base: Path, corpora: list[Corpus], option: str
+) -> None:
+    arguments = ["teach", str(base), str(tmp_path / "out"), "--corpus", corpora[0].source, option, "0", "--dry-run"]
+
+    result = CliRunner().invoke(main, arguments)
+
+    assert isinstance(result.exception, SystemExit | LoramError), result.output
+    assert "sequences is 0" in result.output + str(result.exception)
+
+
+def test_of_several_processes_the_first_one_prints(
+    tmp_path: Path, base: Path, corpora: list[Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("{k: 3, sequences: 16, sequence_length: 16, held_out: 2, block_sequences: 8}", encoding="utf-8")
+    arguments = ["teach", str(base), str(tmp_path / "out"), "--corpus", corpora[0].source, "--settings", str(settings)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    printed = []
+    for rank, more in [("1", ["--dry-run"]), ("0", ["--json"]), ("1", []), ("0", ["--json"])]:
+        monkeypatch.setenv("RANK", rank)
+        result = CliRunner().invoke(main, [*arguments, *more])
+        assert result.exit_code == 0, result.output
+        printed.append(result.stdout)
+
+    assert [printed[0], printed[2]] == ["", ""]
+    assert [json.loads(printed[number])["finished"] for number in (1, 3)] == [False, True]
 
 
 def test_shards_have_the_size_that_was_told_but_for_their_headers(taught: TeacherShards) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from loram_hub.cards.escaping import Markdown, code, hub_link, is_hub_id, json_block
 from loram_hub.cards.evaluations import read_evaluation
 from loram_hub.cards.folders import Card, notice_files
+from loram_hub.cards.history import history_of
 from loram_hub.cards.metadata import LORAM_TAG, Described, Relation, card_data, eval_results_file
 from loram_hub.cards.pictures import (
     ALIGNMENT_LOSS,
@@ -121,11 +122,8 @@ def _relation(release: Release) -> Relation:
 
 def _corpora(manifest: Manifest) -> tuple[str, ...]:
     """Return names of the data that alignment and calibration used, as far as the manifest has them."""
-    named = manifest.alignment.get("corpora") if manifest.alignment else None
-    corpora = [*named] if isinstance(named, list | tuple) else []
-    if manifest.pruning.calibration is not None:
-        corpora.append(manifest.pruning.calibration.get("dataset"))
-    return tuple(name for name in corpora if isinstance(name, str))
+    calibration = (manifest.pruning.calibration or {}).get("dataset")
+    return (*history_of(manifest.alignment).corpora, *([calibration] if isinstance(calibration, str) else []))
 
 
 def _hub_dataset(name: str) -> str | None:
@@ -144,6 +142,7 @@ def _corpus(name: str) -> Markdown:
 
 def _facts(release: Release, counts: ParameterCounts) -> dict[str, object]:
     manifest, pruning = release.manifest, release.manifest.pruning
+    history = history_of(manifest.alignment)
     whole = release.architecture.num_hidden_layers - len(release.plan.kept)
     return {
         "base": hub_link(manifest.base.id),
@@ -151,8 +150,9 @@ def _facts(release: Release, counts: ParameterCounts) -> dict[str, object]:
         "base_is_local": not is_hub_id(manifest.base.id),
         "is_quantized": release.is_quantized,
         "is_sixteen_bit": not release.is_quantized and _dtype(release) in ("bfloat16", "float16"),
-        "is_aligned": _is_aligned(manifest),
-        "is_refitted": _refit(manifest) is not None,
+        "is_aligned": history.training is not None,
+        "is_refitted": history.refit is not None,
+        "ends_with_refit": history.ends_with_refit,
         "may_be_trained": "saved" in manifest.recipe,
         "ratio": Markdown(f"{pruning.pruning_ratio:g}"),
         "method": pruning.method,
@@ -166,9 +166,9 @@ def _facts(release: Release, counts: ParameterCounts) -> dict[str, object]:
         "all_channels": count(release.architecture.intermediate_size),
         "calibration": _pairs(pruning.calibration),
         "alignment": _pairs(
-            {key: value for key, value in (manifest.alignment or {}).items() if key not in _NOT_IN_ONE_LINE}
+            {key: value for key, value in (history.training or {}).items() if key not in _NOT_IN_ONE_LINE}
         ),
-        "refit": _pairs(_refit(manifest)),
+        "refit": _pairs(history.refit),
         "held_out": _held_out(manifest),
         "corpora": [_corpus(name) for name in _corpora(manifest)[:20]],
         "plan_sha256": release.plan.digest,
@@ -189,16 +189,6 @@ def _dtype(release: Release) -> object:
     return release.config.get("dtype", release.config.get("torch_dtype"))
 
 
-def _is_aligned(manifest: Manifest) -> bool:
-    """Whether the weights were trained; a refit in closed form, which `alignment` records as well, is no training."""
-    return manifest.alignment is not None and set(manifest.alignment) != {"refit"}
-
-
-def _refit(manifest: Manifest) -> Mapping[str, object] | None:
-    refit = (manifest.alignment or {}).get("refit")
-    return refit if isinstance(refit, Mapping) else None
-
-
 def _held_out(manifest: Manifest) -> Markdown | None:
     """Show what alignment did to the loss on held-out texts of each corpus."""
     curves = held_out_curves(manifest.alignment).items()
@@ -207,10 +197,12 @@ def _held_out(manifest: Manifest) -> Markdown | None:
 
 
 def _changes(manifest: Manifest) -> Markdown:
+    history = history_of(manifest.alignment)
+    refitted = [f"{_REFITTED} in closed form"] if history.refit is not None else []
+    trained = ["the rest was trained further"] if history.training is not None or "saved" in manifest.recipe else []
     done = [
         "its files were modified: rows and columns of the weights were removed",
-        *([f"{_REFITTED} in closed form"] if _refit(manifest) is not None else []),
-        *(["the rest was trained further"] if _is_aligned(manifest) or "saved" in manifest.recipe else []),
+        *((*trained, *refitted) if history.ends_with_refit else (*refitted, *trained)),
         *(["quantized to NF4"] if manifest.quantization is not None else []),
     ]
     return Markdown(", ".join(done))

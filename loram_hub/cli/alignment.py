@@ -74,10 +74,12 @@ def align(release: str, out: Path, settings_file: Path | None, dry_run: bool, as
     request = align_request(settings_file, _given(options, AlignRequest))
     options |= {"corpora": request.corpora, "settings": request.settings, "report_to": request.report_to}
     if dry_run:
-        _print_estimate(check_align(release, out, **options).to_dict(), out, as_json)
+        estimate = check_align(release, out, **options).to_dict()
+        if _prints():
+            _print_estimate(estimate, out, as_json)
         return
     aligned = align_release(release, out, **options)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _prints():
         print_release(aligned.folder, as_json)
 
 
@@ -85,8 +87,8 @@ def align(release: str, out: Path, settings_file: Path | None, dry_run: bool, as
 @click.argument("base")
 @click.argument("out", type=click.Path(path_type=Path))
 @corpus_option
-@click.option("--steps", type=int, help="Of the alignment; with --batch-size it gives the number of sequences [1600].")
-@click.option("--batch-size", type=int, help="Of the alignment [128].")
+@click.option("--steps", type=int, help="Of the alignment; times --batch-size, sequences that get targets [1600].")
+@click.option("--batch-size", type=int, help="Of the alignment; alone, it goes with the default of --steps [128].")
 @stream_options
 @click.option("--k", type=int, help="Most probable tokens that are kept for each position [64].")
 @click.option("--block-sequences", type=int, help="Sequences for which the base is read once [512].")
@@ -109,21 +111,27 @@ def teach(base: str, out: Path, settings_file: Path | None, dry_run: bool, as_js
     steps, batch_size = options.pop("steps"), options.pop("batch_size")
     if steps is not None or batch_size is not None:
         usual = AlignmentSettings()
-        options["sequences"] = (steps or usual.steps) * (batch_size or usual.batch_size)
+        options["sequences"] = (usual.steps if steps is None else steps) * (
+            usual.batch_size if batch_size is None else batch_size
+        )
     request = teach_request(settings_file, _given(options, TeachRequest))
     options |= {"corpora": request.corpora, "settings": request.settings}
     if dry_run:
-        _print_estimate(asdict(check_teach(base, out, **options)), out, as_json)
+        estimate = asdict(check_teach(base, out, **options))
+        if _prints():
+            _print_estimate(estimate, out, as_json)
         return
     shards = teach_base(base, out, **options)
-    if shards is None or int(os.environ.get("RANK", "0")) != 0:
+    if not _prints():
         return
-    result = {"folder": str(out), "sequences": shards.sequences, "k": shards.k}
+    sequences, k = request.settings.sequences, request.settings.k
+    result = {"folder": str(out), "sequences": sequences, "k": k, "finished": shards is not None}
 
     def show() -> None:
-        click.echo(
-            f"Targets for {shards.sequences:,} sequences, the {shards.k} most probable tokens each, are in {out}."
-        )
+        if shards is None:
+            click.echo(f"This process's share of the targets is in {out}; other processes still compute theirs.")
+            return
+        click.echo(f"Targets for {sequences:,} sequences, the {k} most probable tokens each, are in {out}.")
         suggest("loram align", "PRUNED", "OUT", f"--teacher={out}", "--distillation=0.5")
 
     print_result(result, as_json, show)
@@ -153,6 +161,11 @@ def refit(release: str, out: Path, dry_run: bool, as_json: bool, **options: Any)
         _print_estimate(asdict(check_refit(release, out, **options)), out, as_json)
         return
     print_release(refit_release(release, out, **options).folder, as_json)
+
+
+def _prints() -> bool:
+    """Whether this is the process that prints: of those that `torchrun` starts, the first."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _given(options: dict[str, Any], request: type) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 `datasets` has a shuffle buffer of its own, whose content is lost when reading is interrupted. Here a window of rows is
 read, ordered by a hash of (seed, corpus, epoch, window, row), and handed out; a place in the corpus is where the window
-starts and how far into it one is. Coming back costs reading one window, and gives the same documents. The order is by
-hash because no library promises that its random numbers stay the same from version to version.
+starts and how far into it one is. Coming back gives the same documents, and costs reading one window and what stands
+before it in its file, which `datasets` reads again and passes over. The order is by hash because no library promises
+that its random numbers stay the same from version to version.
 """
 
 from __future__ import annotations
@@ -75,10 +76,13 @@ class ShuffledDocuments:
             if text is not None and text.strip():
                 yield text
 
-    def hold_out(self, texts: Collection[str]) -> None:
-        """Keep the documents that `in_order` has yielded so far, and their copies further on, out of the rest."""
-        self._held_out = frozenset(texts)
+    def start_here(self) -> None:
+        """Let the documents that `in_order` has yielded so far be no part of the rest."""
         self.start = Place(start=self._corpus.state())
+
+    def leave_out(self, texts: Collection[str]) -> None:
+        """Pass over every copy of the given documents."""
+        self._held_out = texts
 
     def read(self, place: Place) -> tuple[list[str], Place]:
         """Return the next documents and the place behind them.

@@ -25,6 +25,9 @@ _PROBE = "The quick brown fox, 1,234.5 = x^2 + \\frac{a}{b}.\n\n    def f(x): re
 class TextEncoder:
     """Turns documents into token ids: what the tokenizer opens its inputs with, the text, the end-of-sequence token.
 
+    A control token that a text spells out, as web pages do with `</s>`, is text: it gives the ids of its characters and
+    ends nothing.
+
     Args:
         tokenizer: the base model's.
         vocab_size: rows of the model's embedding; None: not checked.
@@ -44,6 +47,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos = eos
+        self._options = _options_of(tokenizer)
         self._opening = _opening_of(tokenizer)
         self._check(np.asarray([*self._opening, eos], dtype=np.int64))
 
@@ -59,14 +63,7 @@ class TextEncoder:
         Raises:
             IncompatibleError: an id is outside of the model's vocabulary.
         """
-        encoded = self._tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # a document may well be longer than the model's context
-        )["input_ids"]
-        pieces = [np.asarray([*self._opening, *ids, self._eos], dtype=np.int64) for ids in encoded]
+        pieces = [np.asarray([*self._opening, *ids, self._eos], dtype=np.int64) for ids in self._plain(texts)]
         ids = np.concatenate(pieces)
         self._check(ids)
         starts = np.cumsum([0, *(len(piece) for piece in pieces[:-1])], dtype=np.int64)
@@ -75,9 +72,21 @@ class TextEncoder:
     @cached_property
     def digest(self) -> str:
         """A hash of what decides over ids, the same for every copy of a tokenizer and every version of its library."""
-        probe = self._tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        (probe,) = self._plain([f"{_PROBE} {self._tokenizer.eos_token}"])
         described = [sorted(self._tokenizer.get_vocab().items()), list(probe), list(self._opening), self._eos]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts and nothing around them."""
+        encoded: list[list[int]] = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # a document may well be longer than the model's context
+            **self._options,
+        )["input_ids"]
+        return encoded
 
     def _check(self, ids: npt.NDArray[np.int64]) -> None:
         highest = int(ids.max())
@@ -86,6 +95,18 @@ class TextEncoder:
                 f"The tokenizer {self._tokenizer.name_or_path!r} gives the token id {highest:,}, and the model has "
                 f"{self._vocab_size:,} embeddings. It is another model's tokenizer: load the base model's."
             )
+
+
+def _options_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """Return the option that keeps control tokens from being read out of texts.
+
+    Tokenizers that do without it, as mistral-common's, refuse it: they take every text for text.
+    """
+    try:
+        tokenizer("a", split_special_tokens=True)
+    except (TypeError, ValueError):
+        return {}
+    return {"split_special_tokens": True}
 
 
 def _opening_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

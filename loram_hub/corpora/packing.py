@@ -101,7 +101,7 @@ class PackedCorpus:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; reads the window that it lies in.
+        """Go on from a state; reads the window that it lies in, and what stands before it in its file.
 
         Raises:
             VerificationError: a file is damaged.

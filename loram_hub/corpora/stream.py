@@ -79,8 +79,8 @@ class PackedStream:
         tokenizer: the base model's.
         sequence_length: tokens per sequence.
         seed: of the shuffles.
-        held_out: sequences to hold out of each corpus: made of its first documents, which, with all copies of them,
-            are never trained on.
+        held_out: sequences to hold out of each corpus: made of its first documents, which, with all copies of them in
+            any of the corpora, are never trained on.
         shuffle_window: documents that are shuffled together; 1: read in order.
         repeat: read a corpus again when it ends, in another order; otherwise the end is an error.
         vocab_size: rows of the model's embedding, to notice another model's tokenizer; None: not checked.
@@ -207,15 +207,19 @@ class PackedStream:
         self._parts = parts
 
     def _open(self, corpora: Sequence[Corpus]) -> list[_Part]:
-        return [self._open_one(number, corpus) for number, corpus in enumerate(corpora)]
+        texts = set[str]()  # of all corpora: what one holds out, another may contain
+        return [self._open_one(number, corpus, texts) for number, corpus in enumerate(corpora)]
 
-    def _open_one(self, number: int, corpus: Corpus) -> _Part:
+    def _open_one(self, number: int, corpus: Corpus, texts: set[str]) -> _Part:
+        """Open a corpus; adds the texts that it holds out to those that none of the corpora is to train on."""
         settings = self._settings
         opened = OpenCorpus(corpus, token=self._token)
         documents = ShuffledDocuments(opened, number=number, seed=settings.seed, window=settings.shuffle_window)
-        held_out = hold_out(
+        documents.leave_out(texts)
+        held_out, its_texts = hold_out(
             corpus, documents, self._encoder, sequences=settings.held_out, length=settings.sequence_length
         )
+        texts.update(its_texts)
         packed = PackedCorpus(
             corpus.name, documents, self._encoder, sequence_length=settings.sequence_length, repeat=self._repeat
         )
@@ -262,22 +266,27 @@ def next_corpus(weights: Sequence[float], counts: Sequence[int]) -> int:
     return behind.index(max(behind))
 
 
-def hold_out(corpus: Corpus, documents: ShuffledDocuments, encoder: TextEncoder, *, sequences: int, length: int) -> Ids:
-    """Make sequences of a corpus's first documents, and keep these out of the rest.
+def hold_out(
+    corpus: Corpus, documents: ShuffledDocuments, encoder: TextEncoder, *, sequences: int, length: int
+) -> tuple[Ids, list[str]]:
+    """Make sequences of a corpus's first documents, and let the rest start behind them.
+
+    Returns:
+        The sequences, and the documents they were made of.
 
     Raises:
         InvalidRequestError: the corpus is too short.
     """
     if sequences == 0:
-        return np.empty((0, length), dtype=np.int32)
+        return np.empty((0, length), dtype=np.int32), []
     texts, pieces, tokens = list[str](), list[Ids](), 0
     for text in documents.in_order():
         texts.append(text)
         pieces.append(encoder.encode([text])[0])
         tokens += len(pieces[-1])
         if tokens >= sequences * length:
-            documents.hold_out(texts)
-            return np.concatenate(pieces)[: sequences * length].reshape(sequences, length)
+            documents.start_here()
+            return np.concatenate(pieces)[: sequences * length].reshape(sequences, length), texts
     raise InvalidRequestError(
         f"The corpus {corpus.name} has {tokens:,} tokens in all; {sequences:,} sequences of {length:,} were to be held "
         "out of it. Hold out fewer, or give more text."

@@ -70,11 +70,13 @@ class ColumnFit:
                 f"Activations at {self._name} are not finite. Are base and release sound? loram verify looks at both."
             )
         diagonal.add_(ridge * mean)
+        largest = float(diagonal.max())
         factor_KK, failed = torch.linalg.cholesky_ex(self._gram_KK)
-        if int(failed):
+        least = float(factor_KK.diagonal().min()) ** 2
+        if int(failed) or least < len(diagonal) * torch.finfo(torch.float64).eps * largest:
             raise InvalidRequestError(
                 f"The calibration does not determine the {len(diagonal):,} columns of {self._name} with a ridge of "
-                f"{ridge}. Give more calibration, or a larger ridge; 0.05 is the default."
+                f"{ridge}. Give more calibration, or set a larger ridge; 0.05 is the default."
             )
         correction_OK = torch.cholesky_solve(self._short_OK.T, factor_KK).T
         solved_OK = (self._weight_OK.to(correction_OK) + correction_OK).to(dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,7 +64,9 @@ def refit(
 ) -> Release:
     """Refit an unquantized release to its base: ridge least squares of o_proj and down_proj in every pruned layer.
 
-    All other tensors stay as they are, bit by bit. Weights are read once, from base and release.
+    All other tensors stay as they are, bit by bit. Weights are read once, from base and release. That the base is the
+    one that was pruned is told from its config and, in one layer, from the weights that nothing has changed since; of a
+    release that was trained, or saved from memory, from the config alone.
 
     Args:
         release: folder or Hub id; pruned, perhaps aligned.
@@ -169,7 +171,7 @@ def _checked(
     refuse_existing(out, overwrite=overwrite)
     check_device(device)
     opened = fetch_release(release, revision=revision, token=token)[1]
-    refuse_overlap(out, opened.folder)
+    refuse_overlap(out, opened.folder, *_local_texts(calibration))
     _refuse_target(opened, settings)
     found = find_base(opened, base, token=token)
     ids = read_calibration(
@@ -182,6 +184,14 @@ def _checked(
         check_base_checkpoint(original, source)
         _check_kept_weights(opened, weights, original)
         yield _Job(release=opened, base=original, weights=weights, calibration=ids, out=out)
+
+
+def _local_texts(calibration: Calibration) -> list[Path]:
+    """Return the file or folder that calibration is read from, if it is one."""
+    if not isinstance(calibration, str | os.PathLike):
+        return []
+    path = Path(calibration).expanduser()
+    return [path] if path.exists() else []
 
 
 def _refuse_target(release: Release, settings: RefitSettings) -> None:
@@ -199,18 +209,29 @@ def _refuse_target(release: Release, settings: RefitSettings) -> None:
 
 def _check_kept_weights(release: Release, weights: Checkpoint, base: Checkpoint) -> None:
     """Compare a layer's matrices with the base's: a config alone does not tell a model from its fine-tuned version."""
-    layers = refitted_layers(release.plan)
-    if not layers or release.manifest.alignment is not None or release.was_saved:
+    layers, alignment = refitted_layers(release.plan), release.manifest.alignment
+    if not layers or release.was_saved or _was_trained(alignment):
         return
-    for weight in release.architecture.output_projections:
+    refitted = () if alignment is None else release.architecture.output_projections
+    for weight in (weight for weight in release.architecture.projections if weight not in refitted):
         name = layer_tensor(layers[0], weight.name)
-        original, columns = base.read(name), release.plan.kept_on_axes(name)[1]
-        kept = original if columns is None else original[:, torch.from_numpy(columns)]
+        kept = base.read(name)
+        for axis, positions in enumerate(release.plan.kept_on_axes(name)):
+            kept = kept if positions is None else kept.index_select(axis, torch.from_numpy(positions))
         if not torch.equal(kept, weights.read(name).to(kept.dtype)):
             raise IncompatibleError(
                 f"{name!r} of {base.folder} is not what {release.folder} has kept of it: the release was pruned from "
                 f"another model, {release.manifest.base.id}. Give that one."
             )
+
+
+def _was_trained(alignment: object) -> bool:
+    """Whether a manifest's `alignment`, or one that it followed, records more than refits."""
+    while isinstance(alignment, Mapping):
+        if set(alignment) - {"refit", "earlier"}:
+            return True
+        alignment = alignment.get("earlier")
+    return False
 
 
 def _estimate(job: _Job, settings: RefitSettings) -> RefitEstimate:
@@ -281,8 +302,9 @@ def _manifest(manifest: Manifest, calibration: torch.Tensor, settings: RefitSett
         "tokens": described["tokens"],
         "calibration_sha256": described["sha256"],
     }
+    earlier = {} if manifest.alignment is None else {"earlier": manifest.alignment}
     return replace(
         manifest,
-        alignment={**(manifest.alignment or {}), "refit": record},
+        alignment={"refit": record, **earlier},
         recipe={**manifest.recipe, "refit": asdict(settings)},
     )

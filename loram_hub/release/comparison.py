@@ -72,7 +72,7 @@ def refuse_incomparable(release: Release) -> None:
         "is NF4"
         if manifest.quantization is not None
         else "was refitted"
-        if manifest.alignment is not None and set(manifest.alignment) == {"refit"}
+        if manifest.alignment is not None and set(manifest.alignment) <= {"refit", "earlier"}
         else "was aligned"
         if manifest.alignment is not None
         else "was saved from memory, where it may have been trained"

@@ -1,7 +1,8 @@
 """The base's most probable next tokens for every position of the training stream, computed once and stored.
 
 Distillation then needs no base in memory. `settings` says what is asked for, `outputs` streams the base, `shards` reads
-and writes the stored targets, `records` describes a folder of them, `teaching` puts it together.
+and writes the stored targets, `records` describes a folder of them, `processes` are those that share the work,
+`teaching` puts it together.
 """
 
 from loram_hub.teaching.settings import TeachingEstimate as TeachingEstimate

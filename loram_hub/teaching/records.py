@@ -31,7 +31,7 @@ class TeacherRecord:
     """A run of the teacher."""
 
     base: Mapping[str, Any]
-    """Id, commit and config_sha256 of the base model."""
+    """Id, commit and config_sha256 of the base model; of a local one, which has no commit, also weights_sha256."""
     settings: TeachingSettings
     compute_type: str
     """What layers computed in."""
@@ -46,10 +46,21 @@ class TeacherRecord:
     """Hash and size of every shard, once all are written."""
 
     @property
+    def run_digest(self) -> str:
+        """Hash of everything that decides over the targets: base, settings and stream, wherever their files lie."""
+        return self._hash_of("base", "settings", "compute_type", "vocab_size", "stream_digest")
+
+    @property
     def digest(self) -> str:
-        """Hash of everything that decides over the targets; of files their content, not their place."""
-        values = {key: value for key, value in asdict(self).items() if key not in ("requested", "corpora", "shards")}
-        return hashlib.sha256(dump_json(values).encode()).hexdigest()
+        """Hash of what decides over the targets and of the targets themselves, once all are written.
+
+        Two machines may differ in the last bits of the targets of one run.
+        """
+        return self._hash_of("base", "settings", "compute_type", "vocab_size", "stream_digest", "shards")
+
+    def _hash_of(self, *names: str) -> str:
+        values = asdict(self)
+        return hashlib.sha256(dump_json({name: values[name] for name in names}).encode()).hexdigest()
 
     def to_json(self) -> str:
         """Serialize, sealed."""

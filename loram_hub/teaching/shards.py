@@ -50,7 +50,7 @@ def write_shard(
     Args:
         folder: of the run.
         block: its number.
-        run: digest of the run, from `TeacherRecord`.
+        run: `TeacherRecord.run_digest`.
         tokens: (n, T).
         token_ids: (n, T, k).
         log_probs: (n, T, k).
@@ -140,7 +140,7 @@ class TeacherShards:
 
     @property
     def digest(self) -> str:
-        """Hash of everything that decides over the targets: base, settings and stream."""
+        """Hash of base, settings and stream, and of every shard."""
         return self.record.digest
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -14,19 +15,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub.utils import tqdm
 from transformers import AutoTokenizer
 
 from loram_hub.architecture import Architecture
-from loram_hub.checkpoint import CONFIG, Checkpoint
+from loram_hub.checkpoint import CONFIG, Checkpoint, weight_files
 from loram_hub.corpora import DEFAULT_CORPORA, Corpus, PackedStream, check_enough
+from loram_hub.digests import remembered_sha256
 from loram_hub.errors import CheckpointError, IncompatibleError, InvalidRequestError, ResourceError
-from loram_hub.files import refuse_existing, refuse_overlap, resource_errors, sha256_of
+from loram_hub.files import dump_json, refuse_existing, refuse_overlap, resource_errors, sha256_of
 from loram_hub.hub import Source, check_base_checkpoint, resolve
 from loram_hub.manifest import FileEntry
 from loram_hub.streaming import check_device
 from loram_hub.teaching.outputs import StreamedTeacher
+from loram_hub.teaching.processes import Ranks, only_process, own_device, read_ranks
 from loram_hub.teaching.records import (
     STARTED,
     TEACHER,
@@ -78,7 +80,7 @@ def teach(
 
     Raises:
         InvalidRequestError: an argument is out of range, or the folder holds something else.
-        IncompatibleError: another run was begun in the folder, or its texts have changed since.
+        IncompatibleError: another run was begun in the folder, or the base's weights or the texts have changed since.
         UnsupportedModelError: the base breaks the pattern of its family.
         AccessError: the Hub refused or could not be reached; run it again.
         ResourceError: disk or memory ran out, or another process writes the folder.
@@ -88,21 +90,20 @@ def teach(
         >>> teach("org/model", "model-teacher", corpora=[Corpus(source="texts.jsonl")])  # doctest: +SKIP
     """
     settings = settings or TeachingSettings()
-    ranks = _ranks()
+    ranks = read_ranks()
     with _checked(
         base,
         out_dir,
         corpora=corpora,
         settings=settings,
-        device=_own_device(device),
+        device=own_device(device),
         overwrite=overwrite,
         revision=revision,
         token=token,
     ) as job:
         teacher = StreamedTeacher(job.checkpoint, job.architecture, settings, job.device)
-        if not _may_go_on(job, teacher.compute_type):
-            _clear(job.out, ranks, overwrite=overwrite)
-        with _only_process(job.out, ranks.rank):
+        _make_room(job, teacher.compute_type, ranks)
+        with only_process(job.out, ranks.rank):
             record = _begin(job, teacher.compute_type, ranks.rank)
             _teach_blocks(job, teacher, record, ranks)
             return _finish(job.out, record, ranks.rank)
@@ -132,7 +133,7 @@ def check_teach(
         out_dir,
         corpora=corpora,
         settings=settings,
-        device=_own_device(device),
+        device=own_device(device),
         overwrite=overwrite,
         revision=revision,
         token=token,
@@ -152,36 +153,6 @@ def check_teach(
             * job.architecture.hidden_size
             * getattr(torch, teacher.compute_type).itemsize,
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Ranks:
-    """Which process this is, of how many."""
-
-    rank: int
-    count: int
-
-
-def _ranks() -> _Ranks:
-    """Read what `torchrun` and `accelerate launch` tell a process."""
-    told = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
-    if not told:
-        return _Ranks(rank=0, count=1)
-    try:
-        ranks = _Ranks(rank=int(told["RANK"]), count=int(told["WORLD_SIZE"]))
-    except (KeyError, ValueError) as err:
-        raise InvalidRequestError(
-            f"The environment has {told}; RANK and WORLD_SIZE, both numbers, say which share of the blocks is this "
-            "process's. Start it with torchrun, or unset them."
-        ) from err
-    if not 0 <= ranks.rank < ranks.count:
-        raise InvalidRequestError(f"RANK is {ranks.rank} and WORLD_SIZE {ranks.count}: ranks run from 0 to one less.")
-    return ranks
-
-
-def _own_device(device: str | None) -> str:
-    own = os.environ.get("LOCAL_RANK")
-    return f"cuda:{own}" if device == "cuda" and own is not None else device or "cpu"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -283,13 +254,20 @@ def _may_go_on(job: _Job, compute_type: str) -> bool:
             f"Another run of the teacher was begun in {job.out}; these differ: {', '.join(differ)}. Ask for the same, "
             "choose another folder, or ask to overwrite it."
         )
-    return not differ
+    if differ:
+        return False
+    try:
+        _open_begun(job, begun)
+    except IncompatibleError:
+        if job.overwrite:
+            return False
+        raise
+    return True
 
 
 def _record(job: _Job, compute_type: str) -> TeacherRecord:
-    source = job.source
     return TeacherRecord(
-        base={"id": source.id, "commit": source.commit, "config_sha256": sha256_of(source.folder / CONFIG)},
+        base=_described(job.source),
         settings=job.settings,
         compute_type=compute_type,
         vocab_size=job.architecture.vocab_size,
@@ -299,33 +277,38 @@ def _record(job: _Job, compute_type: str) -> TeacherRecord:
     )
 
 
-def _clear(out: Path, ranks: _Ranks, *, overwrite: bool) -> None:
-    """Make room for a new run; names with a dot are what a process leaves that was killed before it began one."""
-    if out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()):
+def _described(source: Source) -> dict[str, str | None]:
+    """Name a base by its commit, or, where it has none, by the content of its weights."""
+    described = {"id": source.id, "commit": source.commit, "config_sha256": sha256_of(source.folder / CONFIG)}
+    if source.commit is not None:
+        return described
+    weights = {path.name: remembered_sha256(path) for path in weight_files(source.folder)}
+    return {**described, "weights_sha256": hashlib.sha256(dump_json(weights).encode()).hexdigest()}
+
+
+def _make_room(job: _Job, compute_type: str, ranks: Ranks) -> None:
+    """Remove what is in the way of a new run, unless the folder holds this one."""
+    if _may_go_on(job, compute_type) or _is_free(job.out):
         return
+    # Another process of this run may have begun it between these two looks.
+    if ranks.count > 1 and _may_go_on(job, compute_type):
+        return
+    _clear(job.out, ranks, overwrite=job.overwrite)
+
+
+def _is_free(out: Path) -> bool:
+    """Whether nothing is there; names with a dot are what a process leaves that was killed before it began a run."""
+    return not out.exists() or (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()))
+
+
+def _clear(out: Path, ranks: Ranks, *, overwrite: bool) -> None:
     refuse_existing(out, overwrite=overwrite)
-    if not out.exists():
-        return
     if ranks.count > 1:
         raise InvalidRequestError(
             f"{out} holds something else, which {ranks.count} processes cannot replace together. Delete it first."
         )
     with resource_errors(f"Replacing {out}"):
         shutil.rmtree(out)
-
-
-@contextmanager
-def _only_process(out: Path, rank: int) -> Iterator[None]:
-    """Keep another run of the same rank out of the folder."""
-    lock = out / f".rank-{rank}.lock"
-    with resource_errors(f"Writing {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(lock, timeout=0):
-                yield
-                lock.unlink(missing_ok=True)
-        except Timeout as err:
-            raise ResourceError(f"Another process is writing {out} (lock {lock.name}).") from err
 
 
 def _open_stream(job: _Job, corpora: Sequence[Corpus]) -> PackedStream:
@@ -343,6 +326,17 @@ def _open_stream(job: _Job, corpora: Sequence[Corpus]) -> PackedStream:
     )
 
 
+def _open_begun(job: _Job, record: TeacherRecord) -> PackedStream:
+    """Open the stream of a run that was begun."""
+    stream = _open_stream(job, record.corpora)
+    if stream.stream_digest != record.stream_digest:
+        raise IncompatibleError(
+            f"The texts or the tokenizer have changed since the run in {job.out} was begun: its targets are of other "
+            "texts. Restore them, choose another folder, or ask to overwrite it."
+        )
+    return stream
+
+
 def _begin(job: _Job, compute_type: str, rank: int) -> TeacherRecord:
     """Pin the corpora, or find how the process that began has pinned them."""
     if not (job.out / STARTED).is_file():
@@ -352,24 +346,21 @@ def _begin(job: _Job, compute_type: str, rank: int) -> TeacherRecord:
     return read_record(job.out, STARTED)
 
 
-def _teach_blocks(job: _Job, teacher: StreamedTeacher, record: TeacherRecord, ranks: _Ranks) -> None:
+def _teach_blocks(job: _Job, teacher: StreamedTeacher, record: TeacherRecord, ranks: Ranks) -> None:
     """Compute the blocks of this process that are not there yet."""
     blocks = range(ranks.rank, job.settings.blocks, ranks.count)
-    missing = [block for block in blocks if not is_written(job.out, block, run=record.digest)]
+    missing = [block for block in blocks if not is_written(job.out, block, run=record.run_digest)]
     if not missing:
         return
-    stream = _open_stream(job, record.corpora)
-    if stream.stream_digest != record.stream_digest:
-        raise IncompatibleError(
-            f"The texts or the tokenizer have changed since the run in {job.out} was begun: its blocks would not fit "
-            "together. Restore them, or begin anew in another folder."
-        )
+    stream = _open_begun(job, record)  # compares once more: another process may have begun the run
     with tqdm(total=len(missing) * teacher.layers, desc="Teacher", unit="layer") as bar:
         for block in range(missing[-1] + 1):
             tokens = _next_block(stream, job.settings, block)
             if block in missing:
                 token_ids, log_probs = teacher.targets(torch.from_numpy(tokens).long(), bar.update)
-                write_shard(job.out, block, run=record.digest, tokens=tokens, token_ids=token_ids, log_probs=log_probs)
+                write_shard(
+                    job.out, block, run=record.run_digest, tokens=tokens, token_ids=token_ids, log_probs=log_probs
+                )
                 logger.info("targets of block %d of %d are written", block + 1, job.settings.blocks)
 
 
