@@ -25,6 +25,7 @@ from loram_hub.corpora import DEFAULT_CORPORA, Corpus, PackedStream
 from loram_hub.files import refuse_existing
 from loram_hub.hub import fetch_release
 from loram_hub.release import Release, open_release
+from loram_hub.teaching import TeacherShards
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ def align(
         out_dir: folder to create.
         corpora: what to train on.
         settings: how; None for the paper's.
-        teacher: folder made by `teach` from the same corpora and settings; needed if `settings.distillation` > 0.
-        run_dir: folder of log and checkpoints, seen by all processes; None for `out_dir` with `-run` added.
+        teacher: folder made by `teach` from the same base, corpora and settings; needed if `settings.distillation` > 0.
+            Datasets are read at the commits that the teacher has read.
+        run_dir: folder of log, curves and checkpoints, seen by all processes; None for `out_dir` with `-run` added.
         resume: `auto` goes on from the newest checkpoint, `never` starts anew.
         report_to: trackers: `trackio`, `wandb`, `tensorboard`.
         device: `cuda` or `cpu`; None for CUDA where torch sees a GPU.
@@ -70,7 +72,7 @@ def align(
     Raises:
         InvalidRequestError: the release is NF4, settings and release or corpora do not go together, the launch is not
             what was asked for, or `run_dir` is another run's.
-        TrainingError: the loss is not finite, or another process ended.
+        TrainingError: loss or weights are not finite, or another process ended.
         ResourceError: memory or disk ran out.
         AccessError: the Hub refused or could not be reached.
         LoramError: what the release, the corpora or the teacher raise.
@@ -178,9 +180,10 @@ class _Run:
         request, ranks, source = self._request, self._ranks, self._source
         model = sharded_model(source, request.settings, ranks, precision=self._precision)
         feed = BatchFeed(self._stream, batch_size=request.settings.batch_size, ranks=ranks)
+        teacher = ranks.everywhere(lambda: request.open_teacher(source, self._identity.stream_sha256))
         training = Training(
             model,
-            self._material(feed),
+            self._material(feed, teacher),
             request.settings,
             ranks=ranks,
             store=self._store,
@@ -191,12 +194,14 @@ class _Run:
             step = training.resume()
             ranks.first(lambda: self._begin_log(step))
             training.run()
+        ranks.first(self._folder.draw)
         manifest = aligned_manifest(
             source.manifest,
             request.settings,
             corpora=ranks.first(self._pinned),
             records=ranks.first(self._folder.log.read),
             run_sha256=self._identity.digest,
+            teacher=teacher,
         )
         trained = training.optimizer.parameters
         write_aligned(source, trained, request.out, manifest=manifest, ranks=ranks, overwrite=request.overwrite)
@@ -223,14 +228,8 @@ class _Run:
         self._stream = stream
         return identity, is_done, stream.held_out
 
-    def _material(self, feed: BatchFeed) -> Material:
-        request, digest = self._request, self._identity.stream_sha256
-        return Material(
-            names=corpus_names(request.corpora),
-            feed=feed,
-            held_out=self._held_out,
-            teacher=self._ranks.everywhere(lambda: request.open_teacher(digest)),
-        )
+    def _material(self, feed: BatchFeed, teacher: TeacherShards | None) -> Material:
+        return Material(names=corpus_names(self._request.corpora), feed=feed, held_out=self._held_out, teacher=teacher)
 
     def _begin_log(self, step: int) -> None:
         """Bring the log to where the checkpoint is; open the trackers."""

@@ -1,8 +1,9 @@
 """Which processes train together, and that they are the ones that were asked for.
 
-Processes are started by `torchrun`, or by `accelerate launch`, which sets the same variables; without either, this
-process trains alone, by the same code, in a group of one. Weights are always sharded by torch FSDP2, whatever kind of
-distribution accelerate was set up for; a launch that would quietly become something else than was wanted is an error.
+Processes are started by `torchrun`, or by `accelerate launch`, which on GPUs sets the same variables; without either,
+this process trains alone, by the same code, in a group of one. Weights are always sharded by torch FSDP2, whatever kind
+of distribution accelerate was set up for; a launch that would quietly become something else than was wanted is an
+error.
 """
 
 from __future__ import annotations
@@ -70,12 +71,8 @@ def read_launch(environment: Mapping[str, str], *, processes: int | None = None)
     _refuse_other_engines(environment)
     if "RANK" in environment:
         launch = _launched(environment)
-    elif int(environment.get("WORLD_SIZE", "1")) > 1:
-        raise InvalidRequestError(
-            f"WORLD_SIZE is {environment['WORLD_SIZE']} but RANK is not set: this process would train alone. Start all "
-            f"of them with {_TORCHRUN.format(count=environment['WORLD_SIZE'])}"
-        )
     else:
+        _refuse_lone_variables(environment, processes)
         _refuse_other_launchers(environment)
         launch = Launch()
     if processes is not None and launch.size != processes:
@@ -102,11 +99,37 @@ def _launched(environment: Mapping[str, str]) -> Launch:
     try:
         rank, size, local_rank = (int(environment[name]) for name in names[:3])
         local_size = int(environment.get("LOCAL_WORLD_SIZE", min(size, local_rank + 1)))
+        port = int(environment["MASTER_PORT"])
     except ValueError as err:
-        raise InvalidRequestError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {err}.") from err
+        raise InvalidRequestError(
+            f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_PORT must be whole numbers: {err}."
+        ) from err
+    if not 0 <= port < 2**16:
+        raise InvalidRequestError(f"MASTER_PORT is {port}; ports are numbers from 0 to 65535.")
     if not 0 <= rank < size:
         raise InvalidRequestError(f"RANK is {rank} of WORLD_SIZE {size}; ranks count from 0.")
     return Launch(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
+
+
+def _refuse_lone_variables(environment: Mapping[str, str], processes: int | None) -> None:
+    """Refuse what says that there are other processes while nothing says which one this is."""
+    count = environment.get("WORLD_SIZE") or "1"
+    if not count.isdecimal():
+        raise InvalidRequestError(f"WORLD_SIZE is {count!r}, which is no number of processes, and RANK is not set.")
+    if int(count) > 1:
+        raise InvalidRequestError(
+            f"WORLD_SIZE is {count} but RANK is not set: this process would train alone. Start all "
+            f"of them with {_TORCHRUN.format(count=count)}"
+        )
+    # `accelerate launch --cpu --num_processes N` sets these, and starts one process whatever N is.
+    meeting = [name for name in ("MASTER_ADDR", "MASTER_PORT") if environment.get(name)]
+    if meeting and processes != 1:
+        raise InvalidRequestError(
+            f"The environment has {' and '.join(meeting)}, as for several processes, but no RANK: this process would "
+            "train alone. (On CPUs, accelerate launch starts one process whatever --num_processes says.) Start them "
+            f"with {_TORCHRUN.format(count='N')}. To train in this process alone, unset {' and '.join(meeting)}, or "
+            "say processes=1 (--processes 1)."
+        )
 
 
 def _refuse_other_engines(environment: Mapping[str, str]) -> None:

@@ -116,8 +116,9 @@ class ShardedAdamW:
         for name, tensor in self.parameters.items():
             local = self._locals[name]
             if self._settings.optimizer == "adamw":
+                moments = self._optimizer.state.get(local, {})  # none where this process holds no row
                 for moment in _MOMENTS:
-                    values = self._optimizer.state[local].get(moment, torch.empty_like(local))
+                    values = moments.get(moment, torch.empty_like(local))
                     state[f"{name}/{moment}"] = DTensor.from_local(
                         values, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
                     )
@@ -126,6 +127,13 @@ class ShardedAdamW:
                     if isinstance(value, torch.Tensor) and not key.startswith("qmap"):  # which are constants
                         state[f"{name}/{ranks.rank}-of-{ranks.size}/{key}"] = value
         return state
+
+    def weights_not_finite(self, ranks: Ranks) -> int:
+        """Count the elements of the trained weights, over all processes, that are infinite or no number."""
+        count = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        for local in self._locals.values():
+            count += (~torch.isfinite(local.detach())).sum()
+        return int(ranks.sum(count))
 
     def set_steps(self, steps: int) -> None:
         """Say how many steps were done, after a state was loaded."""

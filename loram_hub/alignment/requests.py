@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,10 +16,12 @@ from loram_hub.alignment.runs import RunIdentity, identity_of
 from loram_hub.alignment.settings import AlignmentSettings, Precision
 from loram_hub.alignment.trackers import check_trackers
 from loram_hub.corpora import Corpus, PackedStream, check_enough
-from loram_hub.errors import InvalidRequestError
+from loram_hub.errors import IncompatibleError, InvalidRequestError
 from loram_hub.files import refuse_overlap
+from loram_hub.manifest import BaseModel
 from loram_hub.release import Release, base_config_of
 from loram_hub.teaching import TeacherShards
+from loram_hub.teaching.records import read_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,8 +63,10 @@ class AlignmentRequest:
                 "quantize the result."
             )
         self._check_settings(source, processes)
-        refuse_overlap(self.out, source.folder)
-        refuse_overlap(self.run_folder, source.folder, self.out)
+        read = [corpus.path for corpus in self.corpora if corpus.is_local]
+        read += [] if self.teacher is None else [self.teacher]
+        refuse_overlap(self.out, source.folder, *read)
+        refuse_overlap(self.run_folder, source.folder, self.out, *(path for path in read if path.is_dir()))
         check_trackers(self.report_to)
 
     def _check_settings(self, source: Release, processes: int) -> None:
@@ -82,16 +86,16 @@ class AlignmentRequest:
                 f"distillation is {settings.distillation} and teacher is {self.teacher}: the one needs the other. Make "
                 "the teacher's targets with `loram teach`, or set distillation to 0."
             )
-        if not settings.repeat:
-            sequences = settings.steps * settings.batch_size
-            length, held_out = settings.sequence_length, settings.held_out
-            check_enough(self.corpora, sequences=sequences, sequence_length=length, held_out=held_out)
 
     def open_stream(self, source: Release, corpora: Sequence[Corpus]) -> PackedStream:
-        """Open the training stream of this request over its corpora, pinned perhaps."""
+        """Open the training stream of this request over its corpora, pinned perhaps, and check that it can be enough.
+
+        Datasets that are not pinned are read at the commits that the teacher has read, even if their branches have
+        moved.
+        """
         settings = self.settings
-        return PackedStream(
-            corpora,
+        stream = PackedStream(
+            self._at_teacher_s_commits(corpora),
             _tokenizer(source),
             sequence_length=settings.sequence_length,
             seed=settings.seed,
@@ -101,22 +105,41 @@ class AlignmentRequest:
             vocab_size=source.architecture.vocab_size,
             token=self.token,
         )
+        if not settings.repeat:  # after a look at columns and texts: a file of something else is short of tokens too
+            sequences = settings.steps * settings.batch_size
+            length, held_out = settings.sequence_length, settings.held_out
+            check_enough(corpora, sequences=sequences, sequence_length=length, held_out=held_out)
+        return stream
 
-    def open_teacher(self, stream_sha256: str) -> TeacherShards | None:
-        """Open the teacher's targets for a training stream, if there are any."""
+    def open_teacher(self, source: Release, stream_sha256: str) -> TeacherShards | None:
+        """Open the teacher's targets for a release and a training stream, if there are any."""
         if self.teacher is None:
             return None
         settings = self.settings
-        return TeacherShards.open(
+        shards = TeacherShards.open(
             self.teacher,
             stream_digest=stream_sha256,
             sequence_length=settings.sequence_length,
             sequences=settings.steps * settings.batch_size,
         )
+        _check_teacher(shards, source.manifest.base)
+        return shards
+
+    def _at_teacher_s_commits(self, corpora: Sequence[Corpus]) -> tuple[Corpus, ...]:
+        """Return the corpora, at the teacher's commits where they are those that the teacher was asked for."""
+        if self.teacher is None:
+            return tuple(corpora)
+        record = read_record(self.teacher)
+        if len(record.requested) != len(corpora):
+            return tuple(corpora)
+        return tuple(
+            replace(corpus, revision=pinned.revision) if _is_what_was_asked(corpus, requested) else corpus
+            for corpus, requested, pinned in zip(corpora, record.requested, record.corpora, strict=True)
+        )
 
     def identity(self, source: Release, stream: PackedStream, precision: Precision) -> RunIdentity:
         """Say what decides over the result."""
-        teacher = self.open_teacher(stream.stream_digest)
+        teacher = self.open_teacher(source, stream.stream_digest)
         return identity_of(source, stream, None if teacher is None else teacher.digest, self.settings, precision)
 
 
@@ -152,6 +175,27 @@ def resolved_precision(settings: AlignmentSettings, device: torch.device) -> Pre
     if settings.precision != "auto":
         return settings.precision
     return "mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def _is_what_was_asked(corpus: Corpus, requested: Corpus) -> bool:
+    is_same = corpus == replace(requested, weight=corpus.weight, revision=corpus.revision)
+    return is_same and corpus.revision in (None, requested.revision) and not corpus.is_local
+
+
+def _check_teacher(shards: TeacherShards, base: BaseModel) -> None:
+    """Raise unless the teacher is the model that the release was pruned from; the name of a local copy may differ."""
+    taught = shards.record.base
+    is_other_commit = None not in (taught["commit"], base.commit) and taught["commit"] != base.commit
+    if taught["config_sha256"] == base.config_sha256 and not is_other_commit:
+        return
+    raise IncompatibleError(
+        f"{shards.folder} has targets of {_named(taught['id'], taught['commit'], taught['config_sha256'])}; the "
+        f"release was pruned from {_named(base.id, base.commit, base.config_sha256)}. Run loram teach on that base."
+    )
+
+
+def _named(model: str, commit: str | None, config_sha256: str) -> str:
+    return f"{model} ({'a local copy' if commit is None else f'commit {commit}'}, config.json {config_sha256[:12]})"
 
 
 def _tokenizer(source: Release) -> PreTrainedTokenizerBase:

@@ -20,8 +20,10 @@ from loram_hub.alignment.launch import Ranks, peers_needed
 from loram_hub.alignment.settings import AlignmentSettings
 from loram_hub.checkpoint import Checkpoint, ShardWriter, copy_companions
 from loram_hub.corpora import Corpus
+from loram_hub.errors import TrainingError
 from loram_hub.manifest import Manifest, read_manifest
 from loram_hub.release import Release, base_config_of, is_release, release_config, write_release
+from loram_hub.teaching import TeacherShards
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -60,6 +62,7 @@ def aligned_manifest(
     corpora: Sequence[Corpus],
     records: Sequence[Mapping[str, Any]],
     run_sha256: str,
+    teacher: TeacherShards | None = None,
 ) -> Manifest:
     """Describe the aligned release.
 
@@ -69,14 +72,14 @@ def aligned_manifest(
         corpora: pinned.
         records: of the run's log.
         run_sha256: `RunIdentity.digest`.
+        teacher: what was distilled from, if anything was.
     """
     names = corpus_names(corpora)
     before = dict(source.alignment or {})
     refit = {"refit": before.pop("refit")} if "refit" in before else {}
     earlier = {"earlier": before} if before else {}
     described = [
-        {**asdict(corpus), "source": name.removesuffix(f":{corpus.config}")}
-        for corpus, name in zip(corpora, names, strict=True)
+        {**asdict(corpus), "source": corpus.path.name if corpus.is_local else corpus.source} for corpus in corpora
     ]
     alignment = {
         **refit,
@@ -87,9 +90,15 @@ def aligned_manifest(
         "losses": losses_for_manifest(records),
         "held_out": held_out_for_manifest(records),
         "run_sha256": run_sha256,
+        **({} if teacher is None else {"teacher": _described(teacher)}),
     }
     recipe = {**source.recipe, "align": {**settings.to_dict(), "corpora": described}}
     return replace(source, alignment=alignment, recipe=recipe)
+
+
+def _described(teacher: TeacherShards) -> dict[str, Any]:
+    base = teacher.record.base
+    return {"id": base["id"], "commit": base["commit"], "k": teacher.k, "digest": teacher.digest}
 
 
 def is_result(folder: Path, run_sha256: str) -> bool:
@@ -121,6 +130,7 @@ def write_aligned(
 
     Raises:
         ResourceError: the disk is full, on the first process; raised on all.
+        TrainingError: a weight is not finite in the type that it is stored in.
     """
     with ExitStack() as writing, Checkpoint(source.folder) as checkpoint:
         writer: list[ShardWriter] = []
@@ -142,11 +152,23 @@ def write_aligned(
             tensor = _whole(trained[name]) if name in trained else None
 
             def add(name: str = name, tensor: torch.Tensor | None = tensor) -> None:
-                stored = _DTYPES[checkpoint.tensors[name].dtype]
-                writer[0].add(name, checkpoint.read(name) if tensor is None else tensor.to("cpu", stored))
+                if tensor is None:
+                    writer[0].add(name, checkpoint.read(name))
+                else:
+                    writer[0].add(name, _stored(name, tensor, _DTYPES[checkpoint.tensors[name].dtype]))
 
             ranks.first(add)
         ranks.first(close_writer)
+
+
+def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    values = tensor.to("cpu", dtype)
+    if not torch.isfinite(values).all():
+        raise TrainingError(
+            f"{name} is not finite in {str(dtype).removeprefix('torch.')}, the type of the release, after the last "
+            "step: no release was written. Lower learning_rate, and start anew with resume='never'."
+        )
+    return values
 
 
 def _whole(tensor: DTensor) -> torch.Tensor:

@@ -4,8 +4,9 @@
 OUT-run/
   run.json       what decides over the result: release, stream, teacher, settings; and the corpora with their commits
   log.jsonl      what each step brought; stays when the run is done
+  curves.png     the log drawn, when the last step is done; only where matplotlib is installed
   checkpoints/   deleted when the run is done
-  .lock          held while a run is at work
+  .lock          held while a run is at work; stays, for a lock that is removed can be held by two at once
 ```
 
 A run that is started again with the same arguments goes on from its newest checkpoint. It reads datasets from the
@@ -14,8 +15,8 @@ commits that it read at first, even if their branches have moved. The first proc
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loram_hub.alignment.curves import RunLog
+from loram_hub.alignment.curves import RunLog, draw_curves
 from loram_hub.alignment.settings import FREE, AlignmentSettings
 from loram_hub.corpora import Corpus, PackedStream
-from loram_hub.errors import InvalidRequestError, ResourceError, VerificationError
+from loram_hub.errors import InvalidRequestError, MissingDependencyError, ResourceError, VerificationError
 from loram_hub.files import dump_json, fsync_file, fsync_folder, read_json, resource_errors, sha256_of
 from loram_hub.manifest import MANIFEST
 from loram_hub.release import Release
@@ -37,6 +38,9 @@ from loram_hub.seals import check_seal, seal
 RUN_FILE = "run.json"
 LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
+CURVES = "curves.png"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +106,6 @@ class RunFolder:
             yield
         finally:
             lock.release()
-            with contextlib.suppress(OSError):
-                (self.folder / ".lock").unlink(missing_ok=True)
 
     def pinned(self, corpora: Sequence[Corpus]) -> tuple[Corpus, ...]:
         """Return the corpora as this run has read them before, if it has been asked for the same ones."""
@@ -153,7 +155,7 @@ class RunFolder:
     def forget(self) -> None:
         """Remove what an earlier run has left, its checkpoints excepted."""
         with resource_errors(f"Writing {self.folder}"):
-            for name in (RUN_FILE, LOG_FILE):
+            for name in (RUN_FILE, LOG_FILE, CURVES):
                 (self.folder / name).unlink(missing_ok=True)
 
     def cut_log(self, step: int) -> None:
@@ -175,6 +177,22 @@ class RunFolder:
         self.log.append(measured)
         with resource_errors(f"Writing {self.folder}"):
             fsync_file(self.folder / LOG_FILE)
+
+    def draw(self) -> None:
+        """Draw the log as `curves.png`, if matplotlib is installed.
+
+        Raises:
+            ResourceError: the disk is full or cannot be written to.
+        """
+        try:
+            picture = draw_curves(self.log.read())
+        except MissingDependencyError as err:
+            logger.debug("No %s: %s", CURVES, err)
+            return
+        aside = self.folder / f".{CURVES}.partial"
+        with resource_errors(f"Writing {self.folder}"):
+            aside.write_bytes(picture)
+            os.replace(aside, self.folder / CURVES)
 
     def _read(self) -> dict[str, Any] | None:
         path = self.folder / RUN_FILE

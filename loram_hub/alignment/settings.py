@@ -98,7 +98,7 @@ class AlignmentSettings:
         if self.warmup_steps >= self.steps:
             raise InvalidRequestError(
                 f"warmup_steps is {self.warmup_steps} of {self.steps} steps; the learning rate would never be reached. "
-                f"Set warmup_steps below steps ({self.steps // 16}, say)."
+                f"Set warmup_steps (--warmup-steps) below steps ({self.steps // 16}, say)."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -32,6 +32,11 @@ from loram_hub.errors import IncompatibleError, LoramError, TrainingError
 
 logger = logging.getLogger(__name__)
 
+_NOT_SAVED = (
+    "the weights of this step were not saved, and the last checkpoint is of step {saved} (0: there is none). Lower "
+    "learning_rate, set max_grad_norm or choose precision 'fp32', and start anew with resume='never'."
+)
+
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int32]
 Record = Mapping[str, Any]
@@ -111,7 +116,8 @@ class Training:
         """Train to the last step.
 
         Raises:
-            TrainingError: loss or gradient is not finite; nothing was changed by it, the last checkpoint stands.
+            TrainingError: loss or gradient is not finite, and nothing was changed by it; or the weights or a held-out
+                loss are not. The last checkpoint stands.
             ResourceError: memory or disk ran out.
             LoramError: what the training stream raises; a checkpoint of the last step was saved before.
         """
@@ -204,6 +210,14 @@ class Training:
     def _ids(self, ids: Ids) -> torch.Tensor:
         return torch.from_numpy(ids).to(self._ranks.device, torch.int64)
 
+    def _check_weights(self) -> None:
+        count = self.optimizer.weights_not_finite(self._ranks)
+        if count:
+            raise TrainingError(
+                f"After step {self._step} of {self._settings.steps} {count:,} of the weights are not finite; "
+                f"{_NOT_SAVED.format(saved=self._saved)}"
+            )
+
     def _check_finite(self, batch: Batch, losses: Floats, divergences: Floats, norm: float) -> None:
         bad = np.flatnonzero(~np.isfinite(losses + divergences))
         if not len(bad) and math.isfinite(norm):
@@ -243,6 +257,12 @@ class Training:
         pairs = zip(self._material.names, self._material.held_out, strict=True)
         found = {name: self._held_out_loss(ids) for name, ids in pairs if len(ids)}
         cast("FSDPModule", self._model).reshard()  # what `forward` gathered for a backward pass that does not come
+        bad = [name for name, loss in found.items() if not math.isfinite(loss)]
+        if bad:
+            raise TrainingError(
+                f"After step {self._step} of {self._settings.steps} the loss on the held-out texts of "
+                f"{', '.join(bad)} is not finite; {_NOT_SAVED.format(saved=self._saved)}"
+            )
         return found
 
     def _held_out_loss(self, ids: Ids) -> float:
@@ -259,6 +279,7 @@ class Training:
         return float(ranks.sum(losses).double().mean().item() / (ids.shape[1] - 1))
 
     def _save(self) -> None:
+        self._check_weights()
         extra = {
             "stream": self._material.feed.position,
             "processes": self._ranks.size,

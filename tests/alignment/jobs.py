@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -24,12 +25,13 @@ def aligned(
     out: str,
     corpora: list[dict[str, Any]],
     settings: dict[str, Any],
+    *,
     dies_before: int | None = None,
     dying: int | None = None,
     poisoned_step: int | None = None,
     **others: Any,
 ) -> dict[str, Any]:
-    """Align; return the manifest's facts.
+    """Align; return the manifest's facts. The first process prints its log.
 
     Args:
         release: Source.
@@ -41,6 +43,8 @@ def aligned(
         poisoned_step: Step whose loss is no number on the last process alone.
         **others: For `align`.
     """
+    if dist.is_initialized() and dist.get_rank() == 0:
+        logging.basicConfig(level=logging.INFO)
     if dies_before is not None and dying in (None, dist.get_rank()):
         _at_step(dies_before, lambda: os.kill(os.getpid(), signal.SIGKILL))
     if poisoned_step is not None and dist.get_rank() == dist.get_world_size() - 1:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,8 @@ _IMPORTED = (
     "torch.distributed.checkpoint",
     "torch._dynamo",
     "datasets",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.style",
     "loram_hub.alignment.aligning",
     "alignment.jobs",
 )
@@ -91,6 +94,7 @@ class RankForks:
         *,
         size: int,
         kill_after: float | None = None,
+        killed: list[int] | None = None,
         **arguments: Any,
     ) -> RunEnded:
         """Run a function of `jobs` in several processes.
@@ -99,9 +103,10 @@ class RankForks:
             job: Its name.
             size: Processes.
             kill_after: Seconds after which they are sent SIGKILL.
+            killed: Which of them are; None for all.
             **arguments: Of the function; JSON.
         """
-        order = {"job": job, "size": size, "kill_after": kill_after, "arguments": arguments}
+        order = {"job": job, "size": size, "kill_after": kill_after, "killed": killed, "arguments": arguments}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -123,7 +128,14 @@ def _answer_orders() -> None:
         sys.stdout.flush()
 
 
-def _run(folder: Path, job: str, size: int, kill_after: float | None, arguments: dict[str, Any]) -> dict[str, Any]:
+def _run(
+    folder: Path,
+    job: str,
+    size: int,
+    kill_after: float | None,
+    killed: list[int] | None,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
     began = time.monotonic()
     children = []
     for rank in range(size):
@@ -131,7 +143,7 @@ def _run(folder: Path, job: str, size: int, kill_after: float | None, arguments:
         if child == 0:
             _be_rank(folder, rank, size, job, arguments)
         children.append(child)
-    statuses = _wait(children, began, kill_after)
+    statuses = _wait(children, began, kill_after, range(size) if killed is None else killed)
     ranks = []
     for rank, status in enumerate(statuses):
         said = folder / f"result-{rank}.json"
@@ -141,14 +153,14 @@ def _run(folder: Path, job: str, size: int, kill_after: float | None, arguments:
     return {"ranks": ranks, "seconds": time.monotonic() - began}
 
 
-def _wait(children: list[int], began: float, kill_after: float | None) -> list[int]:
+def _wait(children: list[int], began: float, kill_after: float | None, killed: Sequence[int]) -> list[int]:
     statuses: dict[int, int] = {}
     kill_after = _PATIENCE_SECONDS if kill_after is None else kill_after
     while len(statuses) < len(children):
         elapsed = time.monotonic() - began
         if elapsed >= kill_after:
-            _kill([child for rank, child in enumerate(children) if rank not in statuses])
-            kill_after = _PATIENCE_SECONDS
+            _kill([child for rank, child in enumerate(children) if rank not in statuses and rank in killed])
+            kill_after, killed = elapsed + _PATIENCE_SECONDS, range(len(children))
         for rank, child in enumerate(children):
             if rank not in statuses and (ended := os.waitpid(child, os.WNOHANG))[0]:
                 statuses[rank] = os.waitstatus_to_exitcode(ended[1])

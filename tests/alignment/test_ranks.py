@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from alignment.materials import SETTINGS, save_corpora, save_release, save_texts
-from alignment.ranks import ROOT, RankForks
+from alignment.ranks import ROOT, RankForks, RunEnded
 from safetensors.torch import load_file
 
 from loram_hub.alignment import AlignmentSettings
@@ -91,6 +92,12 @@ def test_two_processes_train_as_one(
         assert torch.allclose(weights_of(tmp_path / "out2")[name], values, atol=1e-3), name
 
 
+def first_step(ended: RunEnded) -> int:
+    """Return after which step a run went on."""
+    said = re.findall(r"Going on after step (\d+) of", ended.ranks[0].output)
+    return int(said[0]) if said else 0
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_in_another_number_of_processes(
     forks: RankForks, release: Path, corpora: list[dict[str, Any]], tmp_path: Path, before: int, after: int
@@ -99,8 +106,10 @@ def test_a_run_goes_on_in_another_number_of_processes(
     killed = forks.run("aligned", size=before, **order(release, tmp_path / "out", corpora, dies_before=5))
     assert {rank.status for rank in killed.ranks} <= {-signal.SIGKILL, 1}  # 1: it noticed that the other was gone
 
-    found = forks.run("aligned", size=after, **order(release, tmp_path / "out", corpora)).results
+    ended = forks.run("aligned", size=after, **order(release, tmp_path / "out", corpora))
 
+    found = ended.results
+    assert first_step(ended) == 4
     log = [json.loads(line) for line in (tmp_path / "out-run" / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == list(range(9))
     assert [loss for _, loss in found[0]["losses"]] == pytest.approx([loss for _, loss in whole[0]["losses"]], rel=1e-5)
@@ -114,23 +123,29 @@ def test_kills_at_any_time_do_not_change_the_result(
     undisturbed = forks.run("aligned", size=2, **order(release, tmp_path / "whole", corpora))
     assert undisturbed.results
     expected = contents(tmp_path / "whole")
-    rng, kills, finished, out = random.Random(0), 0, 0, tmp_path / "out"
+    rng, kills, finished, resumed, out = random.Random(0), 0, 0, 0, tmp_path / "out"
 
     while kills < KILLS or finished == 0:
         after = rng.uniform(0.1, undisturbed.seconds) if kills < KILLS else None
-        found = forks.run("aligned", size=2, kill_after=after, **order(release, out, corpora))
+        has_checkpoint = any((tmp_path / "out-run" / "checkpoints").glob("step-*"))
+        killed = rng.choice([[0], [1], [0, 1], [0, 1]])
+        found = forks.run("aligned", size=2, kill_after=after, killed=killed, **order(release, out, corpora))
+        resumed += first_step(found) > 0
         was_killed = any(rank.status == -signal.SIGKILL for rank in found.ranks)
         kills += was_killed
         if not was_killed:
             assert found.results
+            assert (first_step(found) > 0) == has_checkpoint
         if out.exists():  # whole, also if a kill came after it appeared
             assert contents(out) == expected
             finished += not was_killed
             shutil.rmtree(out)
             shutil.rmtree(tmp_path / "out-run", ignore_errors=True)
 
+    assert resumed > KILLS // 5
     figure(
-        f"Alignment in 2 processes, killed {kills} times: every release that came out has the undisturbed one's bytes"
+        f"Alignment in 2 processes, killed {kills} times, one or both: {resumed} restarts went on from a checkpoint, "
+        "every release that came out has the undisturbed one's bytes"
     )
     verify(tmp_path / "whole")
 
@@ -156,7 +171,13 @@ def test_a_loss_that_is_no_number_on_one_process_stops_all(
     # Step 6: sequences 40 to 47, of which the second process has the second half.
     assert found.ranks[0].error == found.ranks[1].error
     assert "Step 6 of 8: the loss is not finite, in sequence(s) 44-47" in (found.ranks[0].error or "")
-    assert [path.name for path in (tmp_path / "out-run/checkpoints").glob("step-*")][-1:] != []
+    assert sorted(path.name for path in (tmp_path / "out-run/checkpoints").glob("step-*")) == [
+        "step-00000002",
+        "step-00000004",
+    ]
+    again = forks.run("aligned", size=2, **order(release, tmp_path / "out", corpora))
+    assert again.results
+    assert first_step(again) == 4
 
 
 def test_what_goes_wrong_in_reading_reaches_all(forks: RankForks, release: Path, tmp_path: Path) -> None:
