@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +30,14 @@ from loram_hub import AutoLoramModel, quantize
 from loram_hub.alignment import AlignmentSettings, align, check_align, requests
 from loram_hub.alignment.curves import draw_curves
 from loram_hub.alignment.estimates import estimate
-from loram_hub.alignment.launch import Launch, check_precision, joined_ranks, read_launch
+from loram_hub.alignment.launch import (
+    LAUNCHED_BY,
+    Launch,
+    check_precision,
+    end_with_launcher,
+    joined_ranks,
+    read_launch,
+)
 from loram_hub.alignment.model import TrainedModel, local_of, sharded_model
 from loram_hub.alignment.objective import token_losses
 from loram_hub.alignment.optimization import ShardedAdamW, learning_rate_at
@@ -979,3 +988,22 @@ def test_the_model_on_meta_takes_no_memory(release: Path) -> None:
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
         name: tuple(tensor.shape) for name, tensor in weights_of(release).items()
     }
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # the child runs one function and ends
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent ended")
+@pytest.mark.parametrize(("is_there", "status"), [(True, 0), (False, -signal.SIGKILL)])
+def test_a_process_whose_launcher_ended_while_it_was_imported_does_not_stay_behind(
+    is_there: bool, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv(LAUNCHED_BY, f"{socket.gethostname()}:{os.getpid() if is_there else gone.pid}")
+
+    child = os.fork()
+    if child == 0:
+        end_with_launcher()
+        os._exit(0)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status

@@ -12,11 +12,13 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -32,6 +34,8 @@ Result = TypeVar("Result")
 # How long processes wait for one that is at work alone, while it downloads a release, say. One that dies is noticed at
 # once, by its closed connection.
 _PATIENCE = timedelta(hours=1)
+LAUNCHED_BY = "LORAM_LAUNCHED_BY"
+"""Variable with machine and number of the process that launched all others."""
 _ELSEWHERE = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_TPU")
 _OTHER_LAUNCHERS = {"SLURM_NTASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 _TORCHRUN = "torchrun --nproc-per-node {count} -m loram_hub align ..."
@@ -287,7 +291,7 @@ def joined_ranks(*, processes: int | None, device: str | None) -> Iterator[Ranks
     launch = _of_group(processes) if given else read_launch(os.environ, processes=processes)
     chosen = _device(launch, device)
     if not given:
-        _end_with_launcher()
+        end_with_launcher()
         _initialize(launch, chosen)
     try:
         yield _ranks(launch, chosen)
@@ -356,7 +360,12 @@ def _ranks(launch: Launch, device: torch.device) -> Ranks:
     )
 
 
-def _end_with_launcher() -> None:
+def launcher_mark() -> dict[str, str]:
+    """Return the variable by which processes that this one launches know it."""
+    return {LAUNCHED_BY: f"{socket.gethostname()}:{os.getpid()}"}
+
+
+def end_with_launcher() -> None:
     """Have the kernel end this process when its launcher ends, also when that is killed and cannot tell anyone.
 
     Otherwise a rank would stay behind, hold its GPU and, if it is the first, the lock of the run.
@@ -367,5 +376,12 @@ def _end_with_launcher() -> None:
     set_parent_death_signal = 1
     prctl: Any = ctypes.CDLL(None, use_errno=True).prctl
     prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != launcher:  # it ended before the kernel knew
+    # It may have ended before the kernel knew, or in the seconds that the imports took, which left no trace of it.
+    if os.getppid() != launcher or _is_orphan():
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_orphan() -> bool:
+    """Whether the process that began all this, if it is on this machine, is gone."""
+    host, _, process = os.environ.get(LAUNCHED_BY, "").rpartition(":")
+    return host == socket.gethostname() and process.isdecimal() and not Path("/proc", process).exists()
