@@ -7,7 +7,8 @@ that runs, D tokens, W processes, L layers, H hidden size, V vocabulary, T token
   where activation checkpointing runs each layer again. N counts what multiplies: everything but an untied embedding.
   Attention scores are left out; at T = 512 they are about one part in a hundred.
 - What each of W processes holds while it trains is told by `loram_hub.alignment.estimates`, beside what holds it.
-- Streaming steps are bound by the disk or by arithmetic, whichever is slower.
+- Streaming steps are bound by the disk or by arithmetic, whichever is slower. Where nothing is computed while the disk
+  works (checkpoints, loading a model as a whole), the times add up.
 
 Times are for the machine that `Hardware` describes. It is paid as a whole, also while one of its GPUs works.
 """
@@ -39,6 +40,8 @@ class Hardware:
     """Name of the GPU, for people."""
     count: int = 1
     """GPUs, over all nodes."""
+    gpus_per_node: int | None = None
+    """GPUs of one node; None if all are in one."""
     memory_gib: float
     """Memory of one, in GiB."""
     tflops: float
@@ -57,10 +60,17 @@ class Hardware:
         for name in ("count", "memory_gib", "tflops", "disk_gb_per_second", "network_mb_per_second"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; a number above 0 is needed.")
+        if self.gpus_per_node is not None and not 0 < self.gpus_per_node <= self.count:
+            raise InvalidRequestError(f"gpus_per_node is {self.gpus_per_node}; 1 to count ({self.count}) is needed.")
         if not 0 < self.utilization <= 1:
             raise InvalidRequestError(f"utilization is {self.utilization}; a share in (0, 1] is needed.")
         if self.price_per_gpu_hour is not None and not 0 <= self.price_per_gpu_hour < math.inf:
             raise InvalidRequestError(f"price_per_gpu_hour is {self.price_per_gpu_hour}; a number from 0 is needed.")
+
+    @property
+    def on_one_node(self) -> int:
+        """GPUs that one process can spread a model over."""
+        return self.gpus_per_node or self.count
 
     def seconds(self, *, flops: float = 0.0, disk_bytes: float = 0.0, gpus: int = 1) -> float:
         """Return max(operations / (GPUs * peak * utilization), bytes / disk speed)."""
@@ -89,7 +99,9 @@ class Cost:
     flops: float = 0.0
     """Floating-point operations."""
     disk_bytes: int = 0
-    """What it reads and writes."""
+    """What it reads and writes while it computes."""
+    waited_bytes: int = 0
+    """What it reads and writes while it computes nothing."""
     network_bytes: int = 0
     """What it downloads or uploads."""
     gpus: int = 1
@@ -98,7 +110,8 @@ class Cost:
     def seconds(self, hardware: Hardware) -> float:
         """Return the time on a machine."""
         working = hardware.seconds(flops=self.flops, disk_bytes=self.disk_bytes, gpus=self.gpus)
-        return working + hardware.transfer_seconds(self.network_bytes)
+        waiting = hardware.seconds(disk_bytes=self.waited_bytes)
+        return working + waiting + hardware.transfer_seconds(self.network_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,6 +261,8 @@ class AlignmentShape:
     activation_checkpointing: bool
     checkpoints: int
     """How often one is written."""
+    evaluated_tokens: int = 0
+    """Held-out tokens, over all evaluations."""
     keep_checkpoints: int
     processes: int
     """W."""
@@ -277,7 +292,9 @@ def activation_bytes(pruned: ModelSize, shape: AlignmentShape) -> int:
 def align_cost(pruned: ModelSize, shape: AlignmentShape, *, state_bytes: int, checkpoint_bytes: int) -> Cost:
     """Estimate `align`: 6 N D operations, 8 N D with activation checkpointing, divided among W processes.
 
-    On the disk are the checkpoints that are kept and the one that is being written.
+    A held-out token takes 2 N more. Training waits while a checkpoint is written and while it is read again to be
+    hashed; both are taken to be as fast as the disk, though a page cache that holds a checkpoint makes the second
+    faster. On the disk are the checkpoints that are kept and the one that is being written.
 
     Args:
         pruned: what is trained.
@@ -291,8 +308,8 @@ def align_cost(pruned: ModelSize, shape: AlignmentShape, *, state_bytes: int, ch
         output_bytes=pruned.bytes_16,
         scratch_bytes=(shape.keep_checkpoints + 1) * checkpoint_bytes,
         memory_bytes=state_bytes + activation_bytes(pruned, shape),
-        flops=per_token * pruned.active * shape.tokens,
-        disk_bytes=2 * pruned.bytes_16 + checkpoint_bytes * shape.checkpoints,
+        flops=pruned.active * (per_token * shape.tokens + 2.0 * shape.evaluated_tokens),
+        waited_bytes=2 * pruned.bytes_16 + 2 * checkpoint_bytes * shape.checkpoints,
         gpus=shape.processes,
     )
 
@@ -312,13 +329,13 @@ def evaluate_cost(models: Iterable[tuple[ModelSize, int]], *, tokens: int, sprea
     Args:
         models: size and bytes of each as it is stored.
         tokens: D at most.
-        spread: GPUs that a model is spread over; they work in turn.
+        spread: GPUs of one node that a model is spread over; they work in turn.
     """
     found = list(models)
     return Cost(
         memory_bytes=max(nbytes for _, nbytes in found) // spread,
         flops=sum(2.0 * model.active * tokens for model, _ in found),
-        disk_bytes=sum(nbytes for _, nbytes in found),
+        waited_bytes=sum(nbytes for _, nbytes in found),
     )
 
 

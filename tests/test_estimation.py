@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from loram_hub.estimation import (
     refit_cost,
     teach_cost,
 )
+from loram_hub.pipeline import read_recipe
+from loram_hub.pipeline.preview import stage_costs
 from loram_hub.plan import PruningSettings, parameter_counts, planned_sizes
 from loram_hub.teaching.settings import teacher_bytes
 
@@ -36,6 +39,7 @@ SHAPE = AlignmentShape(
     precision="mixed",
     activation_checkpointing=True,
     checkpoints=16,
+    evaluated_tokens=17 * 2 * 32 * 512,
     keep_checkpoints=2,
     processes=8,
 )
@@ -76,15 +80,48 @@ def test_aligning_the_papers_70b_takes_what_the_formulas_say() -> None:
     cost = align_cost(pruned, SHAPE, state_bytes=10**10, checkpoint_bytes=2 * 10**11)
 
     multiplied = 16_272_924_672 - 32_000 * 8192  # the embedding is looked up
-    assert cost.flops == 8 * multiplied * 104_857_600
+    held_out = 17 * 2 * 32 * 512  # before the first step and after every hundredth, of both corpora
+    assert cost.flops == 8 * multiplied * 104_857_600 + 2 * multiplied * held_out
     assert cost.scratch_bytes == 3 * 2 * 10**11
     assert cost.output_bytes == 2 * 16_272_924_672
     assert cost.memory_bytes == 10**10 + activation_bytes(pruned, SHAPE)
-    seconds = cost.flops / (8 * 989e12 * 0.4)
+    checkpoints = 16 * 2 * 2e11 / 1e9  # each is written and read again to be hashed, at 1 GB/s
+    seconds = cost.flops / (8 * 989e12 * 0.4) + checkpoints + 2 * cost.output_bytes / 1e9
     assert cost.seconds(H100) == pytest.approx(seconds, rel=1e-12)
     assert H100.price(seconds) == pytest.approx(seconds / 3600 * 8 * 2.5)
     without = align_cost(pruned, replace(SHAPE, activation_checkpointing=False), state_bytes=0, checkpoint_bytes=0)
-    assert without.flops / cost.flops == 6 / 8
+    assert cost.flops - without.flops == 2 * multiplied * 104_857_600
+
+
+def test_training_stands_still_while_checkpoints_are_written_and_hashed() -> None:
+    """The time of the recipe for the paper's 70B, worked out by hand."""
+    recipe = read_recipe(Path(__file__).parents[1] / "publish" / "llama-2-70b.yaml")
+    assert recipe.hardware is not None
+
+    seconds = stage_costs(recipe, llama_70b())["align"].seconds(recipe.hardware)
+
+    training = 4243.8  # 8 * 16,010,780,672 * 104,857,600 operations; 8 GPUs of 989e12 a second, 40 % of it
+    held_out = 5.6  # 2 * 16,010,780,672 * 557,056
+    checkpoints = 1562.2  # 4, of 12 * 16,272,924,672 bytes, written and read, 1 GB a second
+    weights = 65.1  # 2 * 16,272,924,672 bytes, read and written
+    assert seconds == pytest.approx(training + held_out + checkpoints + weights, abs=0.5)
+    assert recipe.align is not None
+    often = replace(recipe.align, settings=replace(recipe.align.settings, save_every=100))
+    slower = stage_costs(replace(recipe, align=often), llama_70b())["align"].seconds(recipe.hardware)
+    assert slower - seconds == pytest.approx(3 * checkpoints, abs=0.5)
+
+
+def test_a_model_is_spread_over_the_gpus_of_one_node() -> None:
+    recipe = read_recipe(Path(__file__).parents[1] / "publish" / "llama-2-70b.yaml")
+    assert recipe.hardware is not None
+    two_nodes = replace(recipe.hardware, count=16, gpus_per_node=8)
+
+    one, two = (
+        stage_costs(replace(recipe, hardware=machine), llama_70b())["evaluate"]
+        for machine in (recipe.hardware, two_nodes)
+    )
+
+    assert one.memory_bytes == two.memory_bytes == 2 * 68_976_648_192 // 8
 
 
 def test_activations_are_counted_by_token_layer_and_chunk() -> None:
@@ -142,7 +179,14 @@ def test_quantizing_writes_nf4() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"count": 0}, {"utilization": 1.5}, {"utilization": 0.0}, {"tflops": math.nan}, {"price_per_gpu_hour": -1.0}],
+    [
+        {"count": 0},
+        {"gpus_per_node": 9},
+        {"utilization": 1.5},
+        {"utilization": 0.0},
+        {"tflops": math.nan},
+        {"price_per_gpu_hour": -1.0},
+    ],
 )
 def test_a_machine_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match=next(iter(changes))):

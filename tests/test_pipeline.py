@@ -6,15 +6,18 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from hub_server import HubServer
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from pipeline_materials import content_of, save_texts, save_tiny_base, tiny_recipe, write_recipe
 
 from loram_hub.cli import main
@@ -22,7 +25,8 @@ from loram_hub.errors import InvalidRequestError, LoramError, MissingDependencyE
 from loram_hub.files import read_json
 from loram_hub.manifest import read_manifest
 from loram_hub.pipeline import Published, check_publish, publish, recipe_from
-from loram_hub.pipeline.launching import run_command
+from loram_hub.pipeline.launching import check_launcher, run_command
+from loram_hub.pipeline.materials import find_materials
 from loram_hub.release import verify
 
 STAGES = ["prune", "align", "quantize", "evaluate", "card"]
@@ -160,6 +164,52 @@ def test_another_version_of_a_tool_redoes_what_it_shaped_unless_told_not_to(
     assert not any(row.is_to_do for row in kept.rows)
 
 
+def test_another_version_of_a_tool_trains_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loram_hub.pipeline import assessment
+
+    log = place / "work" / "aligned-run" / "log.jsonl"
+    before = log.stat().st_mtime_ns
+    versions = assessment.tool_versions()
+    monkeypatch.setattr(assessment, "tool_versions", lambda: versions | {"torch": "99.0"})
+
+    assert stages_made(run(place, tiny_recipe(place), until="align")) == ["prune", "align"]
+
+    assert log.stat().st_mtime_ns > before
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert max(steps) == 4
+
+
+def test_defaults_that_are_written_out_redo_nothing(place: Path) -> None:
+    recipe = tiny_recipe(place, device="cpu")
+    recipe["prune"] |= {"importance": "taylor:param_first"}
+    recipe["evaluate"] |= {"device": "cpu"}
+
+    preview = check_publish(recipe_from(recipe), work_dir=place / "work")
+
+    assert [row.state for row in preview.rows] == ["holds"] * 5
+
+
+def test_a_local_corpus_is_known_by_all_of_its_content_and_not_by_its_name(made: Path, tmp_path: Path) -> None:
+    def digest(source: Path) -> str:
+        recipe = tiny_recipe(made)
+        recipe["align"]["corpora"] = [{"source": str(source)}]
+        return find_materials(recipe_from(recipe), {}, token=None).digests["corpora"]
+
+    texts = save_texts(tmp_path / "texts.jsonl", count=1200)
+    data = bytearray(texts.read_bytes())
+    assert len(data) > 4 * 64 * 1024
+    before, alone = digest(texts), digest(tmp_path)
+    texts = texts.rename(tmp_path / "renamed.jsonl")
+    assert digest(texts) == before
+    assert digest(tmp_path) != alone  # in a folder, names decide over the order
+
+    middle = data.index(b"w", len(data) // 2)
+    data[middle + 1 : middle + 2] = b"5" if data[middle + 1 : middle + 2] != b"5" else b"4"
+    time.sleep(0.2)
+    texts.write_bytes(data)
+    assert digest(texts) != before
+
+
 def test_until_stops_after_a_stage_and_the_next_run_goes_on(made: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(made)
 
@@ -198,6 +248,9 @@ def test_an_edited_card_is_kept_until_what_it_describes_changes(place: Path) -> 
     with pytest.raises(InvalidRequestError, match=r"README.md was edited.*Keep a copy"):
         run(place, recipe)
     assert "Made with care." in card.read_text()
+    with pytest.raises(InvalidRequestError, match=r"README.md was edited"):
+        run(place, recipe, until="quantize")
+    assert "Made with care." in card.read_text()
     card.unlink()
     assert "card" in stages_made(run(place, recipe))
 
@@ -213,6 +266,15 @@ def test_distillation_and_refit_join_in(made: Path, tmp_path: Path) -> None:
     assert alignment is not None
     assert alignment["distillation"] == 0.5
     assert alignment["refit"]["target"] == "residual"
+
+    shard = next((tmp_path / "work" / "teacher").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    time.sleep(0.2)
+    shard.write_bytes(data)
+    rows = check_publish(recipe_from(recipe), work_dir=tmp_path / "work").rows
+    assert [row.name for row in rows if row.is_to_do][:2] == ["teach", "align"]
+    assert f"{shard.name} has another SHA-256" in rows[2].why
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(made: Path, tmp_path: Path) -> None:
@@ -298,28 +360,79 @@ def test_a_damaged_record_means_that_the_stage_is_made_again(place: Path) -> Non
     assert stages_made(run(place, tiny_recipe(place))) == ["quantize", "card"]
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub that this very process talks to."""
+    with HubServer(tmp_path / "hub") as server:
+        address = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address.replace(constants.ENDPOINT, server.url))
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server
+
+
+def test_what_was_changed_on_the_hub_is_set_right_or_kept(place: Path, hub: HubServer) -> None:
+    token, name = "hf_alice_write", "org/Tiny-LoRAM"
+    recipe = tiny_recipe(place, push={"tag": "v1", "private": False, "gated": False})
+    api = HfApi(endpoint=hub.url, token=token)
+
+    def push(**changes: Any) -> Published:
+        return run(place, recipe | ({"push": recipe["push"] | changes} if changes else {}), token=token)
+
+    first = push()
+    assert stages_made(first) == ["push"]
+    assert stages_made(push()) == []
+    api.update_repo_settings(name, private=True, gated="auto")
+    assert why(push(), "push") == f"{name} is private, not public."
+    assert api.model_info(name).private is False
+    assert api.model_info(name).gated is False
+    api.delete_tag(name, tag="v1")
+    assert why(push(), "push") == f"{name} has no tag v1."
+    assert hub.repo(name).tags == {"v1": first.commit}
+
+    edited = b"---\nlicense: mit\n---\n# By hand\n"
+    api.create_commit(name, [CommitOperationAdd("README.md", edited)], commit_message="Edit")
+    card = place / "work" / "quantized" / "README.md"
+    made_here = card.read_bytes()
+    with pytest.raises(InvalidRequestError, match=r"README.md of org/Tiny-LoRAM.*edited on the Hub.*push.overwrite"):
+        push(tag="v2")
+    assert hub.repo(name).files()["README.md"] == edited
+    card.write_bytes(edited)
+    assert stages_made(push(tag="v2")) == ["push"]
+    assert hub.repo(name).files()["README.md"] == edited
+
+    api.create_commit(name, [CommitOperationAdd("README.md", edited + b"More.\n")], commit_message="Edit again")
+    card.write_bytes(made_here)
+    push(tag="v3", overwrite=True)
+    assert hub.repo(name).files()["README.md"] == made_here
+
+
 LAUNCHED = """
 import json, os, sys
+from pathlib import Path
 if "{fail}":
     print('0: ' + json.dumps({{"error": {{"code": 1, "kind": "{fail}", "message": "step 3 went wrong"}}}}))
     sys.exit(1)
-print(json.dumps([sys.argv[1:], json.load(open(sys.argv[sys.argv.index("--settings") + 1]))]), file=open({seen!r}, "w"))
+settings = json.loads(Path(sys.argv[sys.argv.index("--settings") + 1]).read_text())
+Path({seen!r}).write_text(json.dumps([sys.argv[1:], settings, os.environ["LORAM_LAUNCHED_BY"]]))
+Path({out!r}).mkdir()
 """
 
 
 def fake_launcher(folder: Path, *, fail: str = "") -> tuple[str, ...]:
     """A launcher that writes down what it is asked to start."""
     script = folder / "launcher.py"
-    script.write_text(LAUNCHED.format(fail=fail, seen=str(folder / "seen.json")))
+    script.write_text(LAUNCHED.format(fail=fail, seen=str(folder / "seen.json"), out=str(folder / "out")))
     return (sys.executable, str(script))
 
 
 def test_a_launcher_is_given_the_command_and_its_settings(tmp_path: Path) -> None:
     run_command(fake_launcher(tmp_path), "align", {"steps": 3}, "a", "b", beside=tmp_path / "out", token=None)
 
-    arguments, settings = json.loads((tmp_path / "seen.json").read_text())
+    arguments, settings, launched_by = json.loads((tmp_path / "seen.json").read_text())
     assert arguments[:5] == ["-m", "loram_hub", "align", "a", "b"]
     assert settings == {"steps": 3}
+    assert launched_by == f"{socket.gethostname()}:{os.getpid()}"
     assert not (tmp_path / ".out.settings.json").exists()
 
 
@@ -332,8 +445,23 @@ def test_the_error_of_a_launched_process_is_raised_here(tmp_path: Path) -> None:
         run_command(
             (sys.executable, "-c", "raise SystemExit(3)"), "align", {}, "a", beside=tmp_path / "out", token=None
         )
+    with pytest.raises(LoramError, match=r"ended with status 0, and .*out is not there"):
+        run_command((sys.executable, "-c", ""), "align", {}, "a", beside=tmp_path / "out", token=None)
     with pytest.raises(InvalidRequestError, match="no command on this machine"):
         run_command(("no-such-launcher",), "align", {}, beside=tmp_path / "out", token=None)
+
+
+def test_only_variables_of_a_launcher_have_to_be_set(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(*launcher: str) -> None:
+        recipe = tiny_recipe(made)
+        check_launcher(recipe_from(recipe | {"align": recipe["align"] | {"launcher": [sys.executable, *launcher]}}))
+
+    monkeypatch.setenv("LORAM_TEST_HOST", "pays$5")
+    check("--cost=5$", "$", "--host=$LORAM_TEST_HOST", "${LORAM_TEST_HOST}")
+    for part in ("--token=secret-$LORAM_TEST_NONE", "--token=secret-${LORAM_TEST_NONE}"):
+        with pytest.raises(InvalidRequestError, match="the variable 'LORAM_TEST_NONE'") as caught:
+            check(part)
+        assert "secret" not in str(caught.value)
 
 
 ORPHAN = """

@@ -26,6 +26,14 @@ IMPORTED = (
 BASE, TEXTS, RELEASE = "org/Tiny", "org/texts", "org/Tiny-LoRAM"
 KILLS = 8
 SMOLLM2 = ROOT / "publish" / "smollm2-135m.yaml"
+WAYPOINTS = (
+    ".pruned.partial",
+    "aligned-run/checkpoints/step-00000003",
+    ".quantized.partial",
+    ".publish/quantize.json",
+    ".publish/card.json",
+)
+"""What is there when the recipe of SmolLM2 is killed: while it prunes, aligns, quantizes, evaluates and pushes."""
 
 
 def dataset(texts: list[str], config: str) -> dict[str, bytes]:
@@ -193,13 +201,17 @@ def test_the_recipe_of_smollm2_killed_five_times_ends_with_the_same_bytes(
             assert whole.status == 0, whole.output
             wanted = published(hub, recipe.repo_id)
         shutil.rmtree(tmp_path / "work")
+        rng = random.Random(0)
         with publishers.hub() as hub:
-            ended, kills = publish_killed(forks, command, seconds=whole.seconds / 3, kills=5, seed=0)
+            for waypoint in WAYPOINTS:
+                killed = forks.run(*command, kill_when=tmp_path / "work" / waypoint, kill_after=rng.random() / 5)
+                assert killed.was_killed, killed.output
+                assert (tmp_path / "work" / waypoint).exists()
+            ended = forks.run(*command)
             assert ended.status == 0, ended.output
             assert published(hub, recipe.repo_id) == wanted
             assert hub.repo(recipe.repo_id).tags.keys() == {"v1"}
-    assert kills == 5
-    figure(f"loram publish smollm2-135m.yaml: {kills} kills, same bytes; undisturbed {whole.seconds:.0f} s")
+    figure(f"loram publish smollm2-135m.yaml: {len(WAYPOINTS)} kills, same bytes; {whole.seconds:.0f} s undisturbed")
 
 
 def _files(folder: Path) -> dict[str, bytes]:

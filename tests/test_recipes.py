@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from base_configs import BASES
 from hub_client import python
 from hub_server import HubServer
 from pipeline_materials import save_texts, save_tiny_base, tiny_recipe, write_recipe
+from torch.distributed.run import get_args_parser
 
 from loram_hub.alignment.estimates import estimate
 from loram_hub.architecture import architecture_of
@@ -114,10 +117,11 @@ def shrunk(recipe: Recipe, place: Path) -> Recipe:
 
 
 def test_every_recipe_makes_a_release_that_can_be_pushed(place: Path) -> None:
+    """Evaluation is run for the first recipe only: it is the same in all, and the longest of all stages."""
     for name in RECIPES:
         recipe = recipe_of(name)
         small = shrunk(recipe, place)
-        measured = ["evaluate"] if name == RECIPES[0] else []  # the same in all, and the longest of all stages
+        measured = ["evaluate"] if name == RECIPES[0] else []
         published = publish(small if measured else replace(small, evaluate=None), work_dir=place / name)
 
         stages = [stage.name for stage in published.stages if stage.made]
@@ -156,8 +160,25 @@ def test_every_script_is_sound_shell(script: str) -> None:
     assert "set -euo pipefail" in text
     assert os.access(PUBLISH / script, os.X_OK)
     assert subprocess.run(["bash", "-n", PUBLISH / script], check=False).returncode == 0
-    options = set(re.findall(r"torchrun .*?(--[\w-]+)", text))
-    assert options <= {"--nnodes", "--nproc-per-node", "--standalone", "--node-rank", "--rdzv-backend"}
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("slurm.sh", {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}),
+        (
+            "torchrun.sh",
+            {"--nnodes", "--node-rank", "--master-addr", "--master-port", "--standalone", "--nproc-per-node"},
+        ),
+    ],
+)
+def test_the_options_that_scripts_give_to_torchrun_exist(script: str, expected: set[str]) -> None:
+    lines = (PUBLISH / script).read_text().splitlines()
+    code = "\n".join(line for line in lines if not line.startswith("#"))
+    options = set(re.findall(r"--[a-z-]+", code.partition("srun --")[2].partition("torchrun")[2] or code))
+
+    assert options == expected
+    assert options <= set(get_args_parser()._option_string_actions)
 
 
 def executable(path: Path, text: str) -> None:
@@ -176,8 +197,8 @@ def test_the_slurm_script_trains_on_every_task_it_is_given(place: Path, tmp_path
     base = place / "tiny-llama"
     if not base.exists():
         save_tiny_base(base, layers=8)
-    changes = {"base": str(base), "evaluate": None}
-    recipe = tiny_recipe(place) | changes
+    recipe = tiny_recipe(place) | {"base": str(base)}
+    del recipe["evaluate"]
     recipe["align"] |= {"processes": 2}
     environment = os.environ | {
         "PATH": os.pathsep.join([str(tools), str(bin_folder), os.environ["PATH"]]),
@@ -197,6 +218,31 @@ def test_the_slurm_script_trains_on_every_task_it_is_given(place: Path, tmp_path
     alignment = read_manifest(tmp_path / "work" / "aligned").alignment
     assert alignment is not None
     assert alignment["steps"] == 4
+
+
+def test_the_slurm_script_queues_its_job_again_before_the_time_limit(tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    executable(tmp_path / "scontrol", f'[[ $1 == show ]] && echo host || echo "$@" >> {seen}')
+    executable(tmp_path / "loram", f'echo "cores $SRUN_CPUS_PER_TASK pid $$" >> {seen}; exec sleep 60')
+    environment = {
+        "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]), "SLURM_GPUS_ON_NODE": "8", "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "host", "SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "64",
+    }  # fmt: skip
+
+    with subprocess.Popen([PUBLISH / "slurm.sh", "recipe.yaml"], env=environment, stderr=subprocess.PIPE) as job:
+        while not (seen.exists() and seen.read_text().endswith("\n")):
+            assert job.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.2)  # until bash waits
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(20) == 0
+
+    cores, queued = seen.read_text().splitlines()
+    assert cores.startswith("cores 64 ")
+    assert queued == "requeue 42"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(cores.rpartition(" ")[2]), 0)
+    assert "#SBATCH --signal=B:USR1@" in (PUBLISH / "slurm.sh").read_text()
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,6 @@ def publish(
     recipe: Path,
     repo_id: str | None,
     launcher: str | None,
-    keep_intermediate: bool,
     dry_run: bool,
     as_json: bool,
     **options: Any,  # noqa: ANN401
@@ -61,7 +60,6 @@ def publish(
         return
     published = publish_release(
         chosen,
-        keep_intermediate=keep_intermediate,
         announce=lambda preview: _print_preview(preview, err=True),
         **options,
     )

@@ -4,6 +4,7 @@ recipe        what is asked for, as frozen dataclasses
 fields        the keys of a recipe, read off them
 yaml_text, reading, schema   recipes from YAML, strictly; their JSON Schema
 materials     base and data, each at one commit
+remote        what the Hub holds of a release that was pushed
 stages        what each stage reads, makes and depends on
 workspace     the folder: outputs, and records of what they were made of
 assessment    which stages hold, which are to do, and why

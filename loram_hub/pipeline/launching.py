@@ -12,6 +12,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from typing import Any
 
 import loram_hub.errors
 from loram_hub.alignment import align
+from loram_hub.alignment.launch import launcher_mark
 from loram_hub.corpora import Corpus
 from loram_hub.errors import InvalidRequestError, LoramError
 from loram_hub.files import dump_json, resource_errors
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 60.0
 """Time that processes have to end after Ctrl-C."""
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
+"""What `os.path.expandvars` fills in."""
 
 
 def align_in_processes(
@@ -101,14 +105,17 @@ def launcher_of(recipe: Recipe) -> tuple[str, ...]:
 def check_launcher(recipe: Recipe) -> None:
     """Raise `InvalidRequestError` if the recipe's launcher cannot be started here."""
     launcher = launcher_of(recipe)
+    given = () if recipe.align is None else recipe.align.launcher
+    names = [name.strip("{}") for part in given for name in _VARIABLE.findall(part)]
+    unset = [name for name in names if name not in os.environ]
+    if unset:
+        raise InvalidRequestError(
+            f"align.launcher has the variable {unset[0]!r:.200}, which is not set. Run this inside of the job that "
+            "sets it."
+        )
     if launcher and shutil.which(launcher[0]) is None:
         raise InvalidRequestError(
             f"align.launcher begins with {launcher[0]!r}, which is no command on this machine. Is its module loaded?"
-        )
-    unset = [part for part in launcher if "$" in part]
-    if unset:
-        raise InvalidRequestError(
-            f"align.launcher has {unset[0]!r}, and no such variable is set. Run this inside of the job that sets it."
         )
 
 
@@ -127,18 +134,19 @@ def run_command(
         command: of `loram`.
         request: its settings, handed over in a file.
         *arguments: its other arguments.
-        beside: the file with the settings is made beside this.
+        beside: the command's output; the file with the settings is made beside it.
         token: of the Hub, handed over in the environment, where other users do not see it.
 
     Raises:
-        LoramError: the one that the command ended with.
+        LoramError: the one that the command ended with; or it ended well and left no output.
     """
     settings = beside.with_name(f".{beside.name}.settings.json")
     with resource_errors(f"Writing {settings}"):
         settings.write_text(dump_json(request), encoding="utf-8")
     line = [*launcher, "-m", "loram_hub", command, *map(str, arguments), "--settings", str(settings), "--json"]
     logger.info("starting %s", " ".join(line))
-    environment = dict(os.environ) | ({"HF_TOKEN": token} if isinstance(token, str) else {})
+    environment = dict(os.environ) | launcher_mark()
+    environment |= {"HF_TOKEN": token} if isinstance(token, str) else {}
     try:
         with subprocess.Popen(
             line, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=_die_with_parent(os.getpid())
@@ -150,6 +158,11 @@ def run_command(
         settings.unlink(missing_ok=True)
     if process.returncode != 0:
         raise _error_of(output, process.returncode, command)
+    if not beside.exists():
+        raise LoramError(
+            f"The launcher {line[0]!r} ended with status 0, and {beside} is not there. It must start the command that "
+            "is added to it, on machines that see this folder, and wait for its end, as torchrun and srun do."
+        )
 
 
 def _wait(process: subprocess.Popen[str]) -> str:

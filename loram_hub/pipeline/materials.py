@@ -109,7 +109,8 @@ class _Finder:
 
     def base(self, recipe: Recipe) -> Source:
         pin = f"model {recipe.base} at {recipe.revision}"
-        if Path(recipe.base).expanduser().is_dir():
+        local = _existing("base", recipe.base)
+        if local is not None and local.is_dir():
             source = resolve(recipe.base)
             self.digests["base"] = source.commit or _folder_digest(source.folder, only=is_fetched)
             return source
@@ -124,12 +125,12 @@ class _Finder:
         """Pin a specification of texts."""
         if spec is None:
             return None
-        path = Path(spec).expanduser()
-        if path.exists():
-            self.digests[name] = _folder_digest(path)
+        local = _existing(name, spec)
+        if local is not None:
+            self.digests[name] = _folder_digest(local)
             return spec
         dataset, _, revision = spec.partition("@")
-        if path.suffix in SUFFIXES:
+        if Path(spec).suffix in SUFFIXES:
             raise InvalidRequestError(f"{name} is {spec!r}, which is no existing file.")
         commit = self._commit(dataset.partition(":")[0], revision or None)
         self.digests[name] = f"{dataset}@{commit}"
@@ -151,8 +152,29 @@ class _Finder:
 
 def _identity(corpus: Corpus) -> str:
     """Name a corpus by its content, its column and its share; where it lies does not matter."""
-    content = find_files(corpus).digest if corpus.is_local else f"{corpus.name}@{corpus.revision}/{corpus.split}"
+    content = _corpus_digest(corpus) if corpus.is_local else f"{corpus.name}@{corpus.revision}/{corpus.split}"
     return f"{content} {corpus.column} {corpus.weight}"
+
+
+def _corpus_digest(corpus: Corpus) -> str:
+    """Hash every file of a local corpus; names count where they decide over the order."""
+    files = find_files(corpus)
+    found = hashlib.sha256(files.builder.encode())
+    for path in files.paths:
+        name = path.relative_to(files.root).as_posix() if corpus.path.is_dir() else ""
+        found.update(f"{name}\0{remembered_sha256(path)}\0".encode())
+    return found.hexdigest()
+
+
+def _existing(name: str, spec: str) -> Path | None:
+    """Return the path that a text names; None if there is none, and it may be a Hub id."""
+    try:
+        path = Path(spec).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError) as err:
+        raise InvalidRequestError(
+            f"{name} is {spec!r:.80}, which is neither a path nor a Hub id: {getattr(err, 'strerror', None) or err}."
+        ) from err
 
 
 def _folder_digest(path: Path, *, only: Callable[[str], bool] = lambda _: True) -> str:

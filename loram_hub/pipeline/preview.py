@@ -142,7 +142,9 @@ def stage_costs(recipe: Recipe, architecture: Architecture) -> dict[str, Cost]:
         costs["quantize"] = quantize_cost(pruned)
     if recipe.evaluate is not None:
         models = [(base, base.bytes_16)] if recipe.evaluate.base else []
-        spread = recipe.hardware.count if recipe.hardware is not None and recipe.evaluate.device == "auto" else 1
+        spread = 1
+        if recipe.hardware is not None and recipe.evaluate.device == "auto":
+            spread = recipe.hardware.on_one_node
         costs["evaluate"] = evaluate_cost(
             [*models, (pruned, final_bytes)], tokens=_evaluated_tokens(recipe), spread=spread
         )
@@ -168,10 +170,19 @@ def _align_cost(recipe: Recipe, architecture: Architecture, pruned: ModelSize) -
         precision=precision,
         activation_checkpointing=settings.activation_checkpointing,
         checkpoints=-(-settings.steps // settings.save_every),
+        evaluated_tokens=_held_out_tokens(recipe),
         keep_checkpoints=settings.keep_checkpoints,
         processes=processes,
     )
     return align_cost(pruned, shape, state_bytes=held.process_bytes, checkpoint_bytes=held.checkpoint_bytes)
+
+
+def _held_out_tokens(recipe: Recipe) -> int:
+    """Return how many tokens are evaluated on while aligning: before the first step, every so often, after the last."""
+    assert recipe.align is not None
+    settings = recipe.align_settings
+    evaluations = 1 + -(-settings.steps // settings.evaluate_every)
+    return evaluations * len(recipe.align.corpora) * settings.held_out * settings.sequence_length
 
 
 def plan_of_any_groups(architecture: Architecture, structure: PruningSettings) -> Plan:

@@ -18,7 +18,7 @@ from loram_hub.pipeline.materials import Materials, find_materials
 from loram_hub.pipeline.preview import DOWNLOAD, Preview, StagePreview, hours_text, stage_costs
 from loram_hub.pipeline.reading import read_recipe
 from loram_hub.pipeline.recipe import Recipe
-from loram_hub.pipeline.stages import STAGES, Job, Stage, stages_of
+from loram_hub.pipeline.stages import STAGES, Job, Stage, refuse_to_replace_edits, stages_of
 from loram_hub.pipeline.workspace import Record, Workspace, folder_bytes, remove
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ def check_publish(
     *,
     work_dir: str | os.PathLike[str] | None = None,
     until: str | None = None,
+    keep_intermediate: bool = True,
     ignore_versions: bool = False,
     token: str | bool | None = None,
 ) -> Preview:
@@ -130,7 +131,8 @@ def check_publish(
     """
     chosen, work = _opened(recipe, work_dir, until)
     job = _job(chosen, work, token)
-    return _Runner(job, until=until, keep_intermediate=True, ignore_versions=ignore_versions).preview()
+    runner = _Runner(job, until=until, keep_intermediate=keep_intermediate, ignore_versions=ignore_versions)
+    return runner.preview()
 
 
 def _opened(
@@ -174,7 +176,7 @@ class _Runner:
         if any(one.state == "to do" and "base" in one.stage.inputs for one in assessed) and not materials.has_weights:
             states = {DOWNLOAD: ("to do", f"{materials.base.id} is not on this machine"), **states}
         rows = tuple(self._row(name, state, why, costs) for name, (state, why) in states.items())
-        self._found = find_problems(self._job, assessed, rows)
+        self._found = find_problems(self._job, assessed, rows, keep_intermediate=self._keep)
         return Preview(
             recipe=recipe,
             folder=self._job.work.folder,
@@ -218,6 +220,8 @@ class _Runner:
         """Run a stage and write down what its output was made of."""
         stage, work = one.stage, self._job.work
         logger.info("%s: %s", stage.name, one.why)
+        if stage.output == self._job.final:
+            refuse_to_replace_edits(self._job)  # also where the card's own stage is left out
         if stage.resumes and not one.resumes:
             for path in stage.leftovers:
                 remove(path)

@@ -151,6 +151,8 @@ def _key_value(key: Key, value: object, path: str, place: _Place) -> Any:  # noq
     if value is None:
         if not key.optional:
             place.refuse(path, f"{path} is empty. {key.text}")
+        if is_section(key.kind) and path in place.lines:
+            _refuse_empty(key, path, place)
         return None
     read = _value(key.kind, value, path, place)
     if key.path_in is None:
@@ -161,6 +163,13 @@ def _key_value(key: Key, value: object, path: str, place: _Place) -> Any:  # noq
         replace(item, **{key.path_in: _resolved(getattr(item, key.path_in), f"{path}[{idx}].{key.path_in}", place)})
         for idx, item in enumerate(read)
     )
+
+
+def _refuse_empty(key: Key, path: str, place: _Place) -> NoReturn:
+    """Refuse a section's name with nothing below it: it looks like the defaults, and would leave the stage out."""
+    required = [name for name, inner in keys_of(key.kind).items() if inner.required]
+    wanted = f"Say {' and '.join(required)} below it" if required else f"Write `{path}: {{}}` for the defaults"
+    place.refuse(path, f"{path} is empty. {wanted}, or leave the key out.")
 
 
 def _value(kind: Any, value: object, path: str, place: _Place) -> Any:  # noqa: ANN401 (of that type)
@@ -194,9 +203,14 @@ def _plain_value(kind: type, value: object, path: str, place: _Place) -> Any:  #
 
 def _resolved(name: str, path: str, place: _Place) -> str:
     """Return an absolute path where a text names a file beside the recipe; a Hub id stays what it is."""
-    given = Path(name).expanduser()
-    found = place.folder / given
-    if found.exists():
+    try:
+        given = Path(name).expanduser()
+        found = place.folder / given
+        is_there = found.exists()
+    except (OSError, RuntimeError, ValueError) as err:
+        why = getattr(err, "strerror", None) or err  # without the path, which may be long
+        place.refuse(path, f"{path} is {name!r:.80}, which is neither a path nor a Hub id: {why}.")
+    if is_there:
         return os.path.normpath(found)
     if given.is_absolute() or name.startswith(("./", "../", "~")):
         place.refuse(path, f"{path} names {name!r}, which does not exist (looked for in {place.folder}).")

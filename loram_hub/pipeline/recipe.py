@@ -10,11 +10,15 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from loram_hub.alignment.settings import AlignmentSettings
 from loram_hub.corpora import DEFAULT_CORPORA, Corpus
 from loram_hub.errors import InvalidRequestError
 from loram_hub.estimation import Hardware
 from loram_hub.hub import Gate
+from loram_hub.importance import parse_importance
 from loram_hub.pipeline.fields import FLAT, PATH
 from loram_hub.plan import PruningSettings
 from loram_hub.refitting.settings import RefitSettings
@@ -33,6 +37,10 @@ class PruneStage:
     """How channel groups are scored: `random`, `magnitude[:l1|:l2]` or `taylor[:param_first|:vectorize|...]`."""
     calibration: str | None = field(default=None, metadata={PATH: ""})
     """Texts for `taylor` and for the refit: a file, a folder or a dataset id (`org/name` or `org/name:config`)."""
+
+    def __post_init__(self) -> None:
+        """Check that there is such an importance; raises `InvalidRequestError`."""
+        parse_importance(self.importance)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +130,7 @@ class PushStage:
     message: str | None = None
     """Title of the commit."""
     overwrite: bool = False
-    """Delete files that no push put there, if loaders would open them."""
+    """Replace a card that was edited on the Hub, and delete files that loaders would open and no push put there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +172,10 @@ class Recipe:
         """Check what no section can check alone; raises `InvalidRequestError`."""
         if _REPO_ID.fullmatch(self.repo_id) is None:
             raise InvalidRequestError(f"repo_id is {self.repo_id!r:.200}, which is no Hub id; give one as org/name.")
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as err:
+            raise InvalidRequestError(f"repo_id is {self.repo_id!r}, which is no Hub id: {err}") from err
         if self.seed < 0:
             raise InvalidRequestError(f"seed is {self.seed}; a whole number from 0 is needed.")
         if self.prune.calibration is None and (self.prune.importance.startswith("taylor") or self.refit is not None):

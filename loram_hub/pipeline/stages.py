@@ -16,14 +16,17 @@ from typing import Any
 
 from loram_hub.alignment.settings import FREE
 from loram_hub.cards import make_card, write_card
+from loram_hub.digests import git_sha1_of, remembered_sha256
 from loram_hub.errors import InvalidRequestError, LoramError, VerificationError
 from loram_hub.evaluation import EvaluationTable, evaluate
 from loram_hub.files import dump_json, read_json, resource_errors, sha256_of
-from loram_hub.hub import Source, fetch_release, look_up, resolve
+from loram_hub.hub import Source, fetch_release, resolve
+from loram_hub.importance import parse_importance
 from loram_hub.manifest import MANIFEST
 from loram_hub.pipeline.launching import align_in_processes, teach_in_processes
 from loram_hub.pipeline.materials import LICENSE, Materials
 from loram_hub.pipeline.recipe import Recipe
+from loram_hub.pipeline.remote import CARD, check_pushed, refuse_to_replace_card
 from loram_hub.pipeline.workspace import Workspace, remove
 from loram_hub.pruning import prune
 from loram_hub.pushing import push
@@ -31,6 +34,7 @@ from loram_hub.quantization import quantize
 from loram_hub.refitting import refit
 from loram_hub.teaching import TeacherShards
 from loram_hub.teaching.records import TEACHER
+from loram_hub.teaching.shards import shard_name
 
 STAGES = ("prune", "refit", "teach", "align", "quantize", "evaluate", "card", "push")
 """Names of all stages, in their order."""
@@ -60,7 +64,7 @@ class Stage:
     may_be_edited: bool = False
     """Whether people may change the output; it is kept as they left it."""
     leftovers: tuple[Path, ...] = ()
-    """What a run that was cut off leaves, besides the output."""
+    """What a run that goes on takes up; removed before one that starts anew."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -78,6 +82,11 @@ class Job:
         recipe = self.recipe
         name = "quantized" if recipe.quantize else self._last_weights()
         return self.work.folder / name
+
+    @property
+    def device(self) -> str:
+        """Where stages compute that name no other place."""
+        return self.recipe.device or "cpu"
 
     def _last_weights(self) -> str:
         return "aligned" if self.recipe.align else "refitted" if self.recipe.refit else "pruned"
@@ -133,7 +142,7 @@ def _prune_stage(job: Job) -> Stage:
             importance=stage.importance,
             calibration=job.materials.calibration if needs_texts else None,
             seed=recipe.seed,
-            device=recipe.device,
+            device=job.device,
             overwrite=True,
         )
         return {}
@@ -142,7 +151,12 @@ def _prune_stage(job: Job) -> Stage:
         name="prune",
         output=out,
         inputs=("base", "calibration") if needs_texts else ("base",),
-        part={**asdict(stage.structure), "importance": stage.importance, "seed": recipe.seed, "device": recipe.device},
+        part={
+            **asdict(stage.structure),
+            "importance": str(parse_importance(stage.importance)),
+            "seed": recipe.seed,
+            "device": job.device,
+        },
         run=run,
         digest=lambda _: release_digest(out),
     )
@@ -158,7 +172,7 @@ def _refit_stage(job: Job, *, after: Stage) -> Stage:
         base = str(job.whole_base().folder)
         refit(
             source, out, base=base, calibration=job.materials.calibration, settings=settings,
-            device=job.recipe.device, overwrite=True,
+            device=job.device, overwrite=True,
         )  # fmt: skip
         return {}
 
@@ -166,7 +180,7 @@ def _refit_stage(job: Job, *, after: Stage) -> Stage:
         name="refit",
         output=out,
         inputs=("base", "calibration", after.name),
-        part={**asdict(settings), "device": job.recipe.device},
+        part={**asdict(settings), "device": job.device},
         run=run,
         digest=lambda _: release_digest(out),
     )
@@ -181,14 +195,16 @@ def _teach_stage(job: Job) -> Stage:
         return {}
 
     def digest(_: Facts) -> str:
-        TeacherShards.open(out)
+        for block, entry in enumerate(TeacherShards.open(out).record.shards):
+            if remembered_sha256(out / shard_name(block)) != entry.sha256:
+                raise VerificationError(f"{out / shard_name(block)} has another SHA-256 than {TEACHER} says.")
         return sha256_of(out / TEACHER)
 
     return Stage(
         name="teach",
         output=out,
         inputs=("base", "corpora"),
-        part={**asdict(job.recipe.teaching_settings), "device": job.recipe.device},
+        part={**asdict(job.recipe.teaching_settings), "device": job.device},
         run=run,
         digest=digest,
         resumes=True,
@@ -217,12 +233,11 @@ def _align_stage(job: Job, *, after: Stage) -> Stage:
         name="align",
         output=out,
         inputs=(after.name, "corpora") if teacher is None else (after.name, "corpora", "teach"),
-        part={name: value for name, value in settings.to_dict().items() if name not in FREE}
-        | {"device": job.recipe.device},
+        part={name: value for name, value in settings.to_dict().items() if name not in FREE} | {"device": job.device},
         run=run,
         digest=lambda _: release_digest(out),
         resumes=True,
-        leftovers=(run_dir,),
+        leftovers=(run_dir, out),  # a result of the same settings and other tools is none of the new run
     )
 
 
@@ -232,14 +247,14 @@ def _quantize_stage(job: Job, *, after: Stage) -> Stage:
     assert source is not None
 
     def run() -> Facts:
-        quantize(source, out, device=job.recipe.device, overwrite=True)
+        quantize(source, out, device=job.device, overwrite=True)
         return {}
 
     return Stage(
         name="quantize",
         output=out,
         inputs=(after.name,),
-        part={**asdict(job.recipe.quantize), "device": job.recipe.device},
+        part={**asdict(job.recipe.quantize), "device": job.device},
         run=run,
         digest=lambda _: release_digest(out),
     )
@@ -249,7 +264,7 @@ def _evaluate_stage(job: Job, final: str) -> Stage:
     stage = job.recipe.evaluate
     assert stage is not None
     out = job.work.folder / "evaluation.json"
-    device = stage.device or job.recipe.device
+    device = stage.device or job.device
 
     def run() -> Facts:
         assert job.materials.data is not None
@@ -338,20 +353,24 @@ def refuse_to_replace_edits(job: Job) -> None:
             )
 
 
+def refuse_to_replace_edits_on_hub(job: Job) -> None:
+    """Raise `InvalidRequestError` if the card on the Hub is not the one that was pushed from here."""
+    known = job.work.record("push")
+    refuse_to_replace_card(job.recipe, job.final, {} if known is None else known.facts, token=job.token)
+
+
 def _push_stage(job: Job, final: str) -> Stage:
     recipe, stage = job.recipe, job.recipe.push
     assert stage is not None
 
     def run() -> Facts:
+        refuse_to_replace_edits_on_hub(job)
         pushed = push(job.final, recipe.repo_id, license=job.materials.licence.id, token=job.token, **asdict(stage))
-        return {"commit": pushed.commit, "url": pushed.url}
+        return {"commit": pushed.commit, "url": pushed.url, "card": git_sha1_of(job.final / CARD)}
 
     def digest(facts: Facts) -> str:
-        held = look_up(recipe.repo_id, token=job.token)
-        if held is None or held.commit != facts["commit"]:
-            found = "nothing" if held is None else f"commit {held.commit[:12]}"
-            raise VerificationError(f"{recipe.repo_id} is at {found}, not at {str(facts['commit'])[:12]}.")
-        return held.commit
+        check_pushed(recipe, str(facts["commit"]), token=job.token)
+        return str(facts["commit"])
 
     return Stage(
         name="push",

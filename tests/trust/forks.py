@@ -77,15 +77,27 @@ class Forks:
     ) -> None:
         self._process.communicate(timeout=60)
 
-    def run(self, *arguments: str | Path, kill_after: float | None = None, largest_file: int | None = None) -> Ended:
+    def run(
+        self,
+        *arguments: str | Path,
+        kill_after: float | None = None,
+        kill_when: Path | None = None,
+        largest_file: int | None = None,
+    ) -> Ended:
         """Run the command.
 
         Args:
             *arguments: Of the command, or `pull REPO_ID`, which is what every load from the Hub begins with.
             kill_after: Seconds after which it is sent SIGKILL, if it is still at work.
+            kill_when: They count from when this file or folder is there.
             largest_file: Bytes over which no file can grow.
         """
-        order = {"arguments": [str(one) for one in arguments], "kill_after": kill_after, "largest_file": largest_file}
+        order = {
+            "arguments": [str(one) for one in arguments],
+            "kill_after": kill_after,
+            "kill_when": None if kill_when is None else str(kill_when),
+            "largest_file": largest_file,
+        }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -103,7 +115,9 @@ def _answer_orders(modules: list[str]) -> None:
         sys.stdout.flush()
 
 
-def _in_child(arguments: list[str], kill_after: float | None, largest_file: int | None) -> dict[str, Any]:
+def _in_child(
+    arguments: list[str], kill_after: float | None, kill_when: str | None, largest_file: int | None
+) -> dict[str, Any]:
     read, write = os.pipe()  # whose buffer of 64 KiB holds more than a command says
     began = time.monotonic()
     child = os.fork()
@@ -115,6 +129,10 @@ def _in_child(arguments: list[str], kill_after: float | None, largest_file: int 
     deadline = None if kill_after is None else began + kill_after
     ended, status = os.waitpid(child, 0 if deadline is None else os.WNOHANG)
     while not ended:
+        if kill_after is not None and kill_when is not None:
+            if os.path.exists(kill_when):
+                kill_when = None
+            deadline = time.monotonic() + kill_after
         if deadline is not None and time.monotonic() >= deadline:
             os.kill(child, signal.SIGKILL)  # nobody else has waited for it: the number is still its own
             deadline = None
