@@ -283,3 +283,19 @@ def test_a_base_model_that_arrives_damaged_is_fetched_again_before_it_is_pruned(
     shutil.copytree(base, local)
     expected = prune(local, tmp_path / "expected", importance="random", pruning_ratio=0.4, keep_first=1, keep_last=1)
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (expected.folder / WEIGHTS).read_bytes()
+
+
+def test_a_token_that_is_not_there_is_not_waited_for() -> None:
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    from loram_hub.hub.access import persistently
+
+    calls = []
+
+    def ask() -> None:
+        calls.append(1)
+        raise LocalTokenNotFoundError("no token")
+
+    with pytest.raises(LocalTokenNotFoundError):
+        persistently(ask)
+    assert len(calls) == 1

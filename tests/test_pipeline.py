@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from hub_server import HubServer
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi, close_session, constants
 from pipeline_materials import content_of, save_texts, save_tiny_base, tiny_recipe, write_recipe
 
 from loram_hub.cli import main
@@ -368,7 +368,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address.replace(constants.ENDPOINT, server.url))
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        close_session()  # one that an earlier test opened
         yield server
+        close_session()
 
 
 def test_what_was_changed_on_the_hub_is_set_right_or_kept(place: Path, hub: HubServer) -> None:

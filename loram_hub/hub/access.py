@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
@@ -54,7 +55,7 @@ def persistently(action: Callable[[], _T]) -> _T:
 
 def _may_pass(err: BaseException) -> bool:
     """Whether a failure is of the moment: an overloaded server, a connection that broke."""
-    if isinstance(err, OfflineModeIsEnabled | LoramError):
+    if isinstance(err, OfflineModeIsEnabled | LocalTokenNotFoundError | LoramError):
         return False
     if isinstance(err, HfHubHTTPError):
         return status_of(err) in _PASSING
