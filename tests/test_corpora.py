@@ -500,7 +500,7 @@ def test_without_held_out_sequences_the_arrays_are_empty(tmp_path: Path, tokeniz
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     rng = random.Random(0)
-    texts = [f"w4 w5 w6 w7 w8 w9 {rng.randbytes(2_000).hex()}" for _ in range(9_000)]  # 8 tokens with the end
+    texts = [f"w4 w5 w6 w7 w8 w9 {rng.randbytes(2_000).hex()}" for _ in range(18_000)]  # 8 tokens with the end
     if name == "a.jsonl":
         (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     else:
@@ -512,11 +512,12 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, tokenizer: PreTrai
     before = process.memory_info().rss
 
     stream = open_stream(tmp_path / name, tokenizer=tokenizer, sequence_length=64, shuffle_window=50)
-    grown = [process.memory_info().rss - before for _ in islice(stream, 1050)]
+    grown = [process.memory_info().rss - before for _ in islice(stream, 2100)]
 
-    assert stream.consumed[0].documents > 8_000, "most of the file was read"
+    assert stream.consumed[0].documents > 16_000, "most of the file was read"
     assert max(grown[100:]) - grown[100] < 24_000_000
-    assert max(grown) < 32_000_000 < (tmp_path / name).stat().st_size
+    # At its start a process that ran other tests before may take some 40 MB for pyarrow's buffers.
+    assert max(grown) < 60_000_000 < (tmp_path / name).stat().st_size
 
 
 # --- what is wrong with it

@@ -352,7 +352,11 @@ def test_an_interrupted_prune_leaves_nothing_half_written_and_can_be_repeated(
         "prune", base, tmp_path / "out", "--importance", "random", "--quantize", "--pruning-ratio", "0.1"
     )
     process = subprocess.Popen(
-        arguments, stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "0"}
+        arguments,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "0"},
+        # what runs in the background of a shell ignores Ctrl-C, and its children with it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     partial = tmp_path / ".out.partial"
     deadline = time.monotonic() + 120

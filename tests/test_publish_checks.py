@@ -148,6 +148,7 @@ def test_a_tag_on_another_release_stops_a_run_that_makes_a_new_one(
     )
     monkeypatch.setattr(pipeline_checks, "why_not_writable", lambda *_, **__: None)
     monkeypatch.setattr(pipeline_checks, "look_up", lambda *_, **__: there)
+    monkeypatch.setattr(pipeline_checks, "refuse_to_replace_edits_on_hub", lambda _: None)
     recipe = recipe_of(place) | {"push": {"tag": "v1"}}
 
     same = dry_run(place, recipe)
