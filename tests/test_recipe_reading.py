@@ -12,7 +12,7 @@ import yaml
 
 from loram_hub.errors import InvalidRequestError
 from loram_hub.pipeline import Recipe, read_recipe, recipe_from, recipe_schema
-from loram_hub.pipeline.fields import is_section, keys_of
+from loram_hub.recipes.fields import is_section, keys_of
 
 LEAST: dict[str, Any] = {
     "base": "org/base",

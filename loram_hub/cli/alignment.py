@@ -171,7 +171,7 @@ def _prints() -> bool:
 def _given(options: dict[str, Any], request: type) -> dict[str, Any]:
     """Take the options that are keys of a request, and return those that were given, as a file would have them."""
     from loram_hub.corpora import parse_corpus
-    from loram_hub.pipeline.fields import keys_of
+    from loram_hub.recipes import keys_of
 
     values = {name: options.pop(name) for name in keys_of(request) if name in options}
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

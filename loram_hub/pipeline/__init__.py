@@ -1,8 +1,7 @@
 """From a recipe to a published release: prune, refit, teach, align, quantize, evaluate, card, push, resumable.
 
 recipe        what is asked for, as frozen dataclasses
-fields        the keys of a recipe, read off them
-yaml_text, reading, schema   recipes from YAML, strictly; their JSON Schema
+reading       recipes from YAML, and their JSON Schema
 materials     base and data, each at one commit
 remote        what the Hub holds of a release that was pushed
 stages        what each stage reads, makes and depends on
@@ -20,5 +19,5 @@ from loram_hub.pipeline.publishing import check_publish as check_publish
 from loram_hub.pipeline.publishing import publish as publish
 from loram_hub.pipeline.reading import read_recipe as read_recipe
 from loram_hub.pipeline.reading import recipe_from as recipe_from
+from loram_hub.pipeline.reading import recipe_schema as recipe_schema
 from loram_hub.pipeline.recipe import Recipe as Recipe
-from loram_hub.pipeline.schema import recipe_schema as recipe_schema

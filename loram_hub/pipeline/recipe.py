@@ -19,8 +19,8 @@ from loram_hub.errors import InvalidRequestError
 from loram_hub.estimation import Hardware
 from loram_hub.hub import Gate
 from loram_hub.importance import parse_importance
-from loram_hub.pipeline.fields import FLAT, PATH
 from loram_hub.plan import PruningSettings
+from loram_hub.recipes import FLAT, PATH
 from loram_hub.refitting.settings import RefitSettings
 from loram_hub.teaching.settings import TeachingSettings
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from loram_hub.alignment.settings import AlignmentSettings
 from loram_hub.corpora import DEFAULT_CORPORA, Corpus
-from loram_hub.pipeline.fields import FLAT, PATH
-from loram_hub.pipeline.reading import read_section
+from loram_hub.recipes import FLAT, PATH, read_section
 from loram_hub.teaching.settings import TeachingSettings
 
 

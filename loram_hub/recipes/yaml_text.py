@@ -41,7 +41,7 @@ def parse_yaml(text: str, *, source: str) -> tuple[dict[str, Any], Mapping[str, 
     try:
         import yaml  # type: ignore[import-untyped]  # ships no types
     except ImportError as err:
-        raise MissingDependencyError("Reading recipes needs PyYAML: pip install 'loram-hub[publish]'") from err
+        raise MissingDependencyError("Reading recipes needs PyYAML: pip install pyyaml") from err
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise InvalidRequestError(f"{source} is larger than {MAX_BYTES // 1024} KiB. Is it a recipe?")
     try:

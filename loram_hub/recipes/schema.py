@@ -6,20 +6,23 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal, get_args, get_origin
 
-from loram_hub.pipeline.fields import Key, element_of, is_section, keys_of
-from loram_hub.pipeline.recipe import Recipe
+from loram_hub.recipes.fields import Key, element_of, is_section, keys_of
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _TYPES: Mapping[type, str] = {str: "string", bool: "boolean", int: "integer", float: "number"}
 
 
-def recipe_schema() -> dict[str, Any]:
+def schema_of(section: type, *, title: str) -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of a recipe.
 
     An editor that knows it completes keys and shows what they mean. Ranges, and what one section asks of another, are
-    checked by `read_recipe` alone.
+    checked by the dataclasses alone.
+
+    Args:
+        section: the dataclass of the recipe.
+        title: names it.
     """
-    return {"$schema": DIALECT, "title": "Recipe of a LoRAM release", **_section(Recipe)}
+    return {"$schema": DIALECT, "title": title, **_section(section)}
 
 
 def _section(section: type) -> dict[str, Any]:
