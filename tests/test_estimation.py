@@ -10,20 +10,29 @@ from typing import Any
 import pytest
 from base_configs import BASES
 from builders import tiny_architecture
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loram_hub.architecture import Architecture, architecture_of
 from loram_hub.errors import InvalidRequestError
 from loram_hub.estimation import (
     AlignmentShape,
     Hardware,
+    MemoryOptions,
+    Reserves,
+    TrainingShape,
     activation_bytes,
     align_cost,
     evaluate_cost,
+    largest_settings,
+    largest_that_fits,
     model_size,
     prune_cost,
     quantize_cost,
     refit_cost,
+    smallest_ratio,
     teach_cost,
+    training_memory,
 )
 from loram_hub.pipeline import read_recipe
 from loram_hub.pipeline.preview import stage_costs
@@ -191,3 +200,127 @@ def test_quantizing_writes_nf4() -> None:
 def test_a_machine_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match=next(iter(changes))):
         replace(H100, **changes)
+
+
+GIB = 2**30
+UNTIED = sorted(name for name, (config, _) in BASES.items() if not config["tie_word_embeddings"])
+SHAPES_TO_TRAIN = st.builds(
+    TrainingShape,
+    sequence_length=st.integers(16, 5000),
+    micro_batch=st.integers(1, 8),
+    rank=st.integers(1, 128),
+    targets=st.sampled_from([None, ("q_proj", "v_proj"), ("down_proj", "lm_head")]),
+    dropout=st.sampled_from([0.0, 0.05]),
+    optimizer=st.sampled_from(["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]),
+    checkpointing=st.booleans(),
+    options=st.builds(
+        MemoryOptions,
+        embedding=st.sampled_from(["device", "cpu", "int8"]),
+        lm_head=st.sampled_from(["device", "int8", "nf4"]),
+        activation_offloading=st.booleans(),
+    ),
+    processes=st.integers(1, 2),
+)
+
+
+@settings(max_examples=40)
+@given(base=st.sampled_from(UNTIED), shape=SHAPES_TO_TRAIN, gib=st.integers(4, 96), quantized=st.booleans())
+def test_what_is_solved_for_fits_and_the_next_does_not(
+    base: str, shape: TrainingShape, gib: int, quantized: bool
+) -> None:
+    architecture = architecture_of(BASES[base][0])
+    layers = planned_sizes(architecture, PruningSettings(pruning_ratio=0.85))
+
+    def fits(changed: TrainingShape) -> bool:
+        return training_memory(architecture, layers, changed, quantized=quantized).total <= gib * GIB
+
+    found = largest_settings(architecture, layers, shape, gib * GIB, quantized=quantized)
+
+    for name in ("sequence_length", "micro_batch", "rank"):
+        most: int | None = getattr(found, name)
+        there: dict[str, Any] = {name: most or 1}
+        beyond: dict[str, Any] = {name: (most or 0) + 1}
+        assert fits(replace(shape, **there)) == (most is not None)
+        assert not fits(replace(shape, **beyond))
+
+
+@settings(max_examples=25)
+@given(
+    base=st.sampled_from(UNTIED), shape=SHAPES_TO_TRAIN, gib=st.integers(2, 96), round_to=st.sampled_from([None, 64])
+)
+def test_the_smallest_ratio_fits_and_a_thousandth_less_does_not(
+    base: str, shape: TrainingShape, gib: int, round_to: int | None
+) -> None:
+    architecture = architecture_of(BASES[base][0])
+
+    def fits(ratio: float) -> bool:
+        sizes = planned_sizes(architecture, PruningSettings(pruning_ratio=ratio, round_to=round_to))
+        return training_memory(architecture, sizes, shape).total <= gib * GIB
+
+    found = smallest_ratio(architecture, shape, gib * GIB, round_to=round_to)
+
+    if found is None:
+        assert not fits(0.85)
+    else:
+        assert fits(found)
+        assert found == 0 or not fits(round(found - 0.001, 3))
+
+
+def test_a_base_of_too_few_layers_for_the_plan_has_a_ratio_only_if_it_fits_as_it_is() -> None:
+    architecture = tiny_architecture(layers=4)
+
+    assert smallest_ratio(architecture, TrainingShape(), 10 * GIB) == 0
+    assert smallest_ratio(architecture, TrainingShape(), 1000) is None
+
+
+@pytest.mark.parametrize("border", [0, 1, 2, 3, 17, 64, 99, 100, 101])
+def test_the_border_is_found_wherever_it_is(border: int) -> None:
+    tried: list[int] = []
+
+    def fits(value: int) -> bool:
+        tried.append(value)
+        return value <= border
+
+    assert largest_that_fits(fits, limit=100) == (min(border, 100) or None)
+    assert max(tried) <= 100
+
+
+def test_more_of_anything_takes_more_and_every_option_takes_less() -> None:
+    architecture = architecture_of(BASES["meta-llama/Llama-3.1-70B"][0])
+    layers = planned_sizes(architecture, PruningSettings(pruning_ratio=0.85))
+    shape = TrainingShape(micro_batch=4, reserves=Reserves(context_bytes=0, fragmentation=0))
+
+    def total(**changes: Any) -> int:
+        return training_memory(architecture, layers, replace(shape, **changes)).total
+
+    for changes in (
+        {"sequence_length": 513},
+        {"micro_batch": 5},
+        {"rank": 9},
+        {"processes": 2},
+        {"checkpointing": False},
+    ):
+        assert total(**changes) > total()
+    for changes in ({"dropout": 0.0}, {"targets": ("q_proj",)}, {"padded": False}):
+        assert total(**changes) < total()
+    words, hidden = 128_256, 8192
+    assert total() - total(options=MemoryOptions(embedding="cpu")) == 2 * words * hidden
+    assert total() - total(options=MemoryOptions(lm_head="int8")) == words * hidden - 4 * words
+    inputs = 80 * 2 * 4 * 512 * hidden
+    assert total() - total(options=MemoryOptions(activation_offloading=True)) == inputs - inputs * 5 // 80
+    reserved = total(reserves=Reserves(context_bytes=1000, fragmentation=0))
+    assert reserved - total() == 1000
+
+
+def test_only_large_moments_are_paged_out() -> None:
+    """Of rank 8: 65,536 elements stay, 229,376 go to main memory with their scales left behind."""
+    architecture = architecture_of(BASES["meta-llama/Llama-2-70b-hf"][0])
+    layers = [architecture.whole_layer]
+
+    def moments(target: str, optimizer: str) -> int:
+        shape = TrainingShape(targets=(target,), optimizer=optimizer)  # type: ignore[arg-type]
+        return training_memory(architecture, layers, shape).optimizer
+
+    assert moments("o_proj", "paged_adamw_8bit") == moments("o_proj", "adamw_8bit")
+    saved = moments("down_proj", "adamw_8bit") - moments("down_proj", "paged_adamw_8bit")
+    assert saved == 2 * 8 * 28_672

@@ -18,6 +18,7 @@ from loram_hub.hub.fetching import is_fetched as is_fetched
 from loram_hub.hub.fetching import resolve as resolve
 from loram_hub.hub.fetching import resolve_config as resolve_config
 from loram_hub.hub.fetching import source_of as source_of
+from loram_hub.hub.headers import remote_headers as remote_headers
 from loram_hub.hub.publishing import Gate as Gate
 from loram_hub.hub.publishing import Published as Published
 from loram_hub.hub.publishing import RemoteFile as RemoteFile

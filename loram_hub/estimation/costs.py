@@ -1,188 +1,27 @@
-"""What making a release needs: bytes on disk and in memory, floating-point operations, seconds, money.
+"""What each stage of making a release needs: operations, bytes on disk and in memory.
 
-All of it follows from `config.json` and a few settings; nothing is measured here. Letters: N parameters of the model
-that runs, D tokens, W processes, L layers, H hidden size, V vocabulary, T tokens of a sequence.
+Letters: N parameters of the model that runs, D tokens, W processes, L layers, H hidden size, V vocabulary, T tokens of
+a sequence.
 
 - A token costs 2 N operations forward and 4 N backward (Kaplan et al., arXiv 2001.08361, section 2.1), and 2 N more
   where activation checkpointing runs each layer again. N counts what multiplies: everything but an untied embedding.
   Attention scores are left out; at T = 512 they are about one part in a hundred.
 - What each of W processes holds while it trains is told by `loram_hub.alignment.estimates`, beside what holds it.
-- Streaming steps are bound by the disk or by arithmetic, whichever is slower. Where nothing is computed while the disk
-  works (checkpoints, loading a model as a whole), the times add up.
-
-Times are for the machine that `Hardware` describes. It is paid as a whole, also while one of its GPUs works.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from loram_hub.architecture import EMBEDDING, LM_HEAD, Architecture, LayerSizes, layer_tensor
-from loram_hub.errors import InvalidRequestError
-from loram_hub.plan import parameter_counts
+from loram_hub.estimation.hardware import Cost
+from loram_hub.estimation.sizes import SIXTEEN_BIT, ModelSize
 
-SIXTEEN_BIT = 2
-"""Bytes of a weight in bf16 or fp16."""
 TAYLOR_LAYERS = 5
 """Peak memory of streamed Taylor importance in layers: weights, gradients, scores in fp32, activations, and what the
 allocator keeps. `benchmarks/taylor_memory.py` measures 5 at 8 to 32 layers."""
 _COMPUTED = {"fp32": 4, "mixed": 2, "bf16": 2}
 """Bytes of a weight and an activation where they are computed with."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hardware:
-    """A machine, as far as estimates need to know it."""
-
-    gpu: str
-    """Name of the GPU, for people."""
-    count: int = 1
-    """GPUs, over all nodes."""
-    gpus_per_node: int | None = None
-    """GPUs of one node; None if all are in one."""
-    memory_gib: float
-    """Memory of one, in GiB."""
-    tflops: float
-    """Peak of one in dense bf16 arithmetic, in 10^12 operations per second, as its maker states it."""
-    utilization: float = 0.4
-    """Share of the peak that training reaches, in (0, 1]. 0.4 is usual for sharded training."""
-    disk_gb_per_second: float = 1.0
-    """What the disk reads and writes, in 10^9 bytes per second."""
-    network_mb_per_second: float = 100.0
-    """What comes from and goes to the Hub, in 10^6 bytes per second."""
-    price_per_gpu_hour: float | None = None
-    """Rent of one GPU for an hour, in US dollars."""
-
-    def __post_init__(self) -> None:
-        """Check ranges; raises `InvalidRequestError`."""
-        for name in ("count", "memory_gib", "tflops", "disk_gb_per_second", "network_mb_per_second"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InvalidRequestError(f"{name} is {getattr(self, name)}; a number above 0 is needed.")
-        if self.gpus_per_node is not None and not 0 < self.gpus_per_node <= self.count:
-            raise InvalidRequestError(f"gpus_per_node is {self.gpus_per_node}; 1 to count ({self.count}) is needed.")
-        if not 0 < self.utilization <= 1:
-            raise InvalidRequestError(f"utilization is {self.utilization}; a share in (0, 1] is needed.")
-        if self.price_per_gpu_hour is not None and not 0 <= self.price_per_gpu_hour < math.inf:
-            raise InvalidRequestError(f"price_per_gpu_hour is {self.price_per_gpu_hour}; a number from 0 is needed.")
-
-    @property
-    def on_one_node(self) -> int:
-        """GPUs that one process can spread a model over."""
-        return self.gpus_per_node or self.count
-
-    def seconds(self, *, flops: float = 0.0, disk_bytes: float = 0.0, gpus: int = 1) -> float:
-        """Return max(operations / (GPUs * peak * utilization), bytes / disk speed)."""
-        arithmetic = flops / (gpus * self.tflops * 1e12 * self.utilization)
-        return max(arithmetic, disk_bytes / (self.disk_gb_per_second * 1e9))
-
-    def transfer_seconds(self, nbytes: float) -> float:
-        """Return bytes / network speed."""
-        return nbytes / (self.network_mb_per_second * 1e6)
-
-    def price(self, seconds: float) -> float | None:
-        """Return what the whole machine costs for a time, in US dollars."""
-        return None if self.price_per_gpu_hour is None else seconds / 3600 * self.count * self.price_per_gpu_hour
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cost:
-    """What one stage needs."""
-
-    output_bytes: int = 0
-    """What it leaves on the disk."""
-    scratch_bytes: int = 0
-    """What it needs on the disk besides, while it runs."""
-    memory_bytes: int = 0
-    """Peak of what it computes with: of one GPU, or of main memory without one. Libraries are not counted."""
-    flops: float = 0.0
-    """Floating-point operations."""
-    disk_bytes: int = 0
-    """What it reads and writes while it computes."""
-    waited_bytes: int = 0
-    """What it reads and writes while it computes nothing."""
-    network_bytes: int = 0
-    """What it downloads or uploads."""
-    gpus: int = 1
-    """GPUs that work at the same time."""
-
-    def seconds(self, hardware: Hardware) -> float:
-        """Return the time on a machine."""
-        working = hardware.seconds(flops=self.flops, disk_bytes=self.disk_bytes, gpus=self.gpus)
-        waiting = hardware.seconds(disk_bytes=self.waited_bytes)
-        return working + waiting + hardware.transfer_seconds(self.network_bytes)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSize:
-    """A model as the estimates see it: pruned or not."""
-
-    parameters: int
-    """Every parameter, tied embeddings counted once."""
-    embedding: int
-    """Parameters of the embeddings, V * H."""
-    head: int
-    """Parameters of an lm_head of its own; 0 if it is tied."""
-    layers: tuple[int, ...]
-    """Parameters of each decoder layer."""
-    widths: tuple[tuple[int, int, int], ...]
-    """Per layer: query rows, key rows, MLP channels."""
-    hidden_size: int
-    vocab_size: int
-    largest_tensor: int
-    """Elements of the largest tensor."""
-    nf4_bytes: int
-    """Bytes with the projections in NF4."""
-
-    @property
-    def active(self) -> int:
-        """Parameters that a token is multiplied with: all but embeddings that are only looked up."""
-        return self.parameters - (self.embedding if self.head else 0)
-
-    @property
-    def bytes_16(self) -> int:
-        """Bytes in 16 bit."""
-        return SIXTEEN_BIT * self.parameters
-
-    @property
-    def largest_layer(self) -> int:
-        """Parameters of the largest layer."""
-        return max(self.layers)
-
-
-def model_size(architecture: Architecture, layers: Sequence[LayerSizes] | None = None) -> ModelSize:
-    """Measure a model.
-
-    Args:
-        architecture: the base model's.
-        layers: sizes of each layer, from `planned_sizes`; None for the base model.
-    """
-    sizes = [architecture.whole_layer] * architecture.num_hidden_layers if layers is None else list(layers)
-    shapes = architecture.tensor_shapes(sizes)
-    counts = {name: math.prod(shape) for name, shape in shapes.items()}
-    return ModelSize(
-        parameters=sum(counts.values()),
-        embedding=counts[EMBEDDING],
-        head=counts.get(LM_HEAD, 0),
-        layers=tuple(
-            sum(counts[layer_tensor(layer, weight.name)] for weight in architecture.layer_weights)
-            for layer in range(len(sizes))
-        ),
-        widths=tuple(_widths(architecture, layer) for layer in sizes),
-        hidden_size=architecture.hidden_size,
-        vocab_size=architecture.vocab_size,
-        largest_tensor=max(counts.values()),
-        nf4_bytes=parameter_counts(architecture, sizes).nf4_bytes,
-    )
-
-
-def _widths(architecture: Architecture, layer: LayerSizes) -> tuple[int, int, int]:
-    return (
-        architecture.unit_width("query", layer),
-        architecture.unit_width("key_value", layer),
-        architecture.unit_width("channel", layer),
-    )
 
 
 def prune_cost(base: ModelSize, pruned: ModelSize, *, method: str, tokens: int) -> Cost:
