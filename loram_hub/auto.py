@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from loram_hub.adapter.marking import mark_adapters_, name_marks_
 from loram_hub.architecture import LAYER_PREFIX
 from loram_hub.checkpoint import CONFIG, INDEX_FILE, weight_files
 from loram_hub.errors import IncompatibleError, InvalidRequestError
@@ -220,6 +221,16 @@ class _PrunedModel(PreTrainedModel):
         for layer, sizes in enumerate(self.loram.plan.layers):
             if sizes != architecture.whole_layer:
                 shrink_layer_(self.get_submodule(f"{LAYER_PREFIX}.{layer}"), architecture, sizes)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (as in torch)
+        """Mark the adapters on this model as pruned, so that what PEFT saves is not taken for a recovered adapter."""
+        mark_adapters_(self, self.loram.plan.digest)
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:  # noqa: ANN401 (as in torch)
+        mark_adapters_(self, self.loram.plan.digest)  # before the layers look for what is theirs
+        name_marks_(state_dict)
+        super()._load_from_state_dict(state_dict, *args)
 
     def save_pretrained(  # type: ignore[override]  # every keyword of transformers' is passed on
         self,

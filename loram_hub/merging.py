@@ -105,6 +105,8 @@ def merge(
         raise InvalidRequestError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed.")
     adapter_folder = resolve(adapter, token=token, files=ADAPTER_FILES).folder
     lora = read_adapter(adapter_folder)
+    if lora.marked_plan is not None:
+        raise PlanMismatchError(f"{lora.source} is a pruned adapter. Recover it first: loram recover {adapter} OUT")
     source = resolve(base, revision=revision or pinned_revision(adapter_folder, base), token=token)
     folder = source.folder
     if not allow_base_mismatch:

@@ -322,12 +322,13 @@ def _check_plan(adapter: Adapter, known: str | None, origin: _Origin, token: str
 
 
 def _known_digest(adapter: Adapter, trained_on: Release | None) -> str | None:
-    """Return the plan digest that the adapter records, or that of the model it lives on, if it names that model."""
+    """Return the digest that record or mark of the adapter give, or that of the model it lives on, if it names that."""
     recorded = adapter.record.get("plan_sha256")
     if isinstance(recorded, str):
         return recorded
-    if trained_on is None:
-        return None
+    # A live adapter has the mark of the model it lives on, unless it was loaded with another.
+    if trained_on is None or adapter.marked_plan not in (None, trained_on.plan.digest):
+        return adapter.marked_plan
     base, revision = adapter.config.base, adapter.config.revision
     source = source_of(trained_on.folder)
     if source.commit is not None and base == source.id:

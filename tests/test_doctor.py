@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from loram_hub import recover
-from loram_hub.adapter import check_adapter, read_adapter
+from loram_hub.adapter import MARK, check_adapter, read_adapter
 from loram_hub.doctor import RULES, TARGETS, Diagnosis, Target, examine, fix
 from loram_hub.errors import (
     CheckpointError,
@@ -193,6 +193,16 @@ def pruned(folder: Path) -> None:
     save_file(small(random_factors(projections(half_plan(ARCHITECTURE)))), folder / WEIGHTS)
 
 
+def in_turn(*alterations: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Return several alterations as one."""
+
+    def edit(folder: Path) -> None:
+        for alteration in alterations:
+            alteration(folder)
+
+    return edit
+
+
 def of_rank(rank: int) -> Callable[[Path], None]:
     """Return an alteration that gives all modules another rank."""
 
@@ -312,6 +322,7 @@ CASES: list[tuple[str, Callable[[Path], None], Mapping[Any, str]]] = [
     ),
     ("not-finite", put(f"{UP}.lora_A.weight", NAN), dict.fromkeys(TARGETS, "wrong results")),
     ("pruned", pruned, {"vllm": "wrong results", "sglang": "refused", "llamacpp": "refused", "peft": "refused"}),
+    ("pruned-marked", in_turn(pruned, put(f"{UP}.{MARK}", np.zeros(32, np.uint8))), dict.fromkeys(TARGETS, "refused")),
     ("other-base", put(f"{UP}.lora_A.weight", np.ones((4, 25), np.float32)), dict.fromkeys(TARGETS, "refused")),
     (
         "unknown-module",
@@ -477,8 +488,8 @@ PEFT_CASES = [
     for rule, alter, expected in CASES
     if rule
     in (
-        "config-missing", "weights-missing", "rank-mismatch", "not-finite", "pruned", "other-base", "unknown-module",
-        "unknown-path", "missing-factors", "undeclared-factors", "half-pair", "no-prefix", "foreign-tensor", "no-base",
+        "config-missing", "weights-missing", "rank-mismatch", "not-finite", "pruned", "pruned-marked", "other-base",
+        "unknown-module", "unknown-path", "missing-factors", "undeclared-factors", "half-pair", "no-prefix", "foreign-tensor", "no-base",
         "unpinned-base", "target-pattern",
     )
 ]  # fmt: skip

@@ -8,7 +8,8 @@ Writing gives the adapter that PEFT, vLLM, SGLang and llama.cpp read alike: one 
 tensors but `lora_A` and `lora_B`. Older vLLM drops `rank_pattern` and `alpha_pattern` without a word (vllm#59799).
 Equal input gives equal bytes.
 
-`config` says which adapters are plain LoRA, `tensors` how factors are stored, `modules` which layers they adapt;
+`config` says which adapters are plain LoRA, `tensors` how factors are stored, `modules` which layers they adapt; `mark`
+tells a pruned adapter from a recovered one, and `marking` (with torch, imported where it is needed) makes PEFT do so;
 `reading` takes an adapter into memory, `canonical` and `writing` give it its one form, `record` says where it comes
 from and `lineage` for which base it was made; `checking` and `folder` verify a whole folder.
 """
@@ -35,6 +36,7 @@ from loram_hub.adapter.config import parse_config as parse_config
 from loram_hub.adapter.lineage import check_base as check_base
 from loram_hub.adapter.lineage import pinned_revision as pinned_revision
 from loram_hub.adapter.live import read_model as read_model
+from loram_hub.adapter.mark import marked_plan as marked_plan
 from loram_hub.adapter.modules import LM_HEAD_MODULE as LM_HEAD_MODULE
 from loram_hub.adapter.modules import linear_modules as linear_modules
 from loram_hub.adapter.modules import module_shape as module_shape
@@ -48,6 +50,7 @@ from loram_hub.adapter.record import RECORD as RECORD
 from loram_hub.adapter.record import RECOVERED as RECOVERED
 from loram_hub.adapter.record import AdapterRecord as AdapterRecord
 from loram_hub.adapter.record import FileHash as FileHash
+from loram_hub.adapter.record import ScaleRecord as ScaleRecord
 from loram_hub.adapter.record import hash_files as hash_files
 from loram_hub.adapter.record import read_record as read_record
 from loram_hub.adapter.record import training_of as training_of
@@ -55,12 +58,14 @@ from loram_hub.adapter.tensors import CODES as CODES
 from loram_hub.adapter.tensors import DTYPES as DTYPES
 from loram_hub.adapter.tensors import FACTOR_NAME as FACTOR_NAME
 from loram_hub.adapter.tensors import FROZEN_COPIES as FROZEN_COPIES
+from loram_hub.adapter.tensors import MARK as MARK
 from loram_hub.adapter.tensors import PREFIX as PREFIX
 from loram_hub.adapter.tensors import WEIGHTS as WEIGHTS
 from loram_hub.adapter.tensors import DtypeName as DtypeName
 from loram_hub.adapter.tensors import Factor as Factor
 from loram_hub.adapter.tensors import convert as convert
 from loram_hub.adapter.tensors import factor_name as factor_name
+from loram_hub.adapter.tensors import mark_names as mark_names
 from loram_hub.adapter.writing import MODEL_ID as MODEL_ID
 from loram_hub.adapter.writing import VLLM_RANKS as VLLM_RANKS
 from loram_hub.adapter.writing import CanonicalAdapter as CanonicalAdapter

@@ -19,7 +19,7 @@ from loram_hub.adapter.folder import check_files
 from loram_hub.adapter.modules import linear_modules, module_shape, uneven_module
 from loram_hub.adapter.reading import PairSizes, check_axes, check_targets, pair_factors, require_files
 from loram_hub.adapter.record import RECORD, RECOVERED, AdapterRecord, read_record
-from loram_hub.adapter.tensors import CODES, FACTOR_NAME, FROZEN_COPIES, WEIGHTS, factor_names
+from loram_hub.adapter.tensors import CODES, FACTOR_NAME, FROZEN_COPIES, WEIGHTS, factor_names, mark_names
 from loram_hub.architecture import FAMILIES, Architecture, architecture_of
 from loram_hub.errors import (
     IncompatibleError,
@@ -150,12 +150,16 @@ def looks_pruned(folder: Path, *, base_config: Mapping[str, Any] | None = None) 
     require_files(folder)
     tensors = read_headers(folder / WEIGHTS)
     factor_names(tensors.keys(), source=str(folder))
-    shapes = adapted_shapes({name: info.shape for name, info in tensors.items()})
-    return why_pruned(shapes, record=record, base=config.base, base_config=base_config or local_config(config.base))
+    return why_pruned(
+        {name: info.shape for name, info in tensors.items()},
+        record=record,
+        base=config.base,
+        base_config=base_config or local_config(config.base),
+    )
 
 
 def why_pruned(
-    shapes: Mapping[str, tuple[int, int]],
+    tensors: Mapping[str, tuple[int, ...]],
     *,
     record: Mapping[str, object],
     base: str | None,
@@ -164,18 +168,20 @@ def why_pruned(
     """Decide `looks_pruned` from what was read.
 
     Args:
-        shapes: shape of each adapted weight by module.
+        tensors: shape of each of its tensors by name.
         record: content of `loram.json`; empty if there is none.
         base: what the adapter names as its base.
         base_config: config of that model; None if it is not at hand.
     """
+    if mark_names(tensors):
+        return "it carries the mark of one"
     if record.get("kind") == RECOVERED:
         return None
     if "plan_sha256" in record:
         return f"its {RECORD} names a pruning plan"
     if base_config is not None and ("loram" in base_config or str(base_config.get("model_type")).startswith("loram_")):
         return f"it was trained on {base}, which is a release"
-    architecture = known_architecture(base_config)
+    architecture, shapes = known_architecture(base_config), adapted_shapes(tensors)
     if architecture is not None:
         reasons = (_why_smaller(module, shape, architecture) for module, shape in shapes.items())
         return next((reason for reason in reasons if reason is not None), None)
@@ -220,7 +226,7 @@ def refuse_pruned(folder: Path, *, base_config: Mapping[str, Any] | None = None)
     reason = looks_pruned(folder, base_config=base_config)
     if reason is not None:
         raise UnsupportedAdapterError(
-            f"{folder} is a pruned adapter: {reason}. vLLM would load it without an error and answer wrongly. "
+            f"{folder} is a pruned adapter: {reason}. On the original model it would fail, or answer wrongly. "
             f"Recover it first: loram recover {folder} OUT"
         )
 
@@ -269,6 +275,11 @@ def _check_tensors(tensors: Mapping[str, TensorInfo], config: AdapterConfig, sou
         raise UnsupportedAdapterError(
             f"Tensor {copies[0]!r} of {source} is a copy of a frozen weight of the base model; PEFT would load it over "
             "the base's own. Write the adapter without it: loram doctor ADAPTER --fix OUT."
+        )
+    if mark_names(tensors):
+        raise UnsupportedAdapterError(
+            f"{source} carries the mark of a pruned adapter: it fits no original model. Recover it first: "
+            f"loram recover {source} OUT"
         )
     factors = factor_names(tensors.keys(), source=source)
     for name in factors:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from loram_hub.adapter.config import VOCABULARY_REMEDY, parse_config
+from loram_hub.adapter.mark import digest_of_mark
 from loram_hub.adapter.reading import Adapter, build_adapter
-from loram_hub.adapter.tensors import DTYPES, Factor, factor_names
+from loram_hub.adapter.tensors import DTYPES, Factor, factor_names, mark_names
 from loram_hub.errors import UnsupportedAdapterError
 
 if TYPE_CHECKING:
@@ -35,7 +37,9 @@ def read_model(model: PeftModel) -> Adapter:
     config = parse_config(values, source=source)
     state = get_peft_model_state_dict(model, adapter_name=names[0], save_embedding_layers=False)
     tensors = ((name, _to_numpy(state[name], name)) for name in factor_names(list(state), source=source))
-    return build_adapter(config, tensors, source=source, record={})
+    adapter = build_adapter(config, tensors, source=source, record={})
+    marks = {digest_of_mark(state[name].cpu().numpy()) for name in mark_names(state)}
+    return replace(adapter, marked_plan=marks.pop() if len(marks) == 1 else None)
 
 
 def _refuse_resized(model: PeftModel) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from loram_hub.adapter.config import CONFIG, AdapterConfig, check_work, key_pattern, parse_config
+from loram_hub.adapter.mark import marked_plan
 from loram_hub.adapter.record import RECORD
 from loram_hub.adapter.tensors import CODES, FACTOR_NAME, WEIGHTS, Factor, factor_name, factor_names, is_finite
 from loram_hub.errors import CheckpointError, LoramError, UnsupportedAdapterError, VerificationError
 from loram_hub.files import read_json
+from loram_hub.tensors import read_headers
 
 _MAX_WEIGHT_BYTES = 64 * 2**30  # rank 256 in fp32 on a 70B model makes 13 GB
 
@@ -64,6 +66,8 @@ class Adapter:
     """By full module path (`model.layers.3.mlp.down_proj`, `lm_head`), sorted; never empty."""
     record: Mapping[str, object]
     """Content of its `loram.json`; empty if it has none."""
+    marked_plan: str | None = None
+    """Digest of the plan it was trained on, from its mark; None if it has none."""
 
     def check_targets(self, candidates: Iterable[str]) -> None:
         """Check that the adapter has factors for the modules that its config declares, and for no others.
@@ -96,7 +100,8 @@ def read_adapter(folder: Path) -> Adapter:
     require_files(folder)
     config = parse_config(read_json(folder / CONFIG), source=str(folder / CONFIG))
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    return build_adapter(config, _read_factors(folder), source=str(folder), record=record)
+    adapter = build_adapter(config, _read_factors(folder), source=str(folder), record=record)
+    return replace(adapter, marked_plan=marked_plan(read_headers(folder / WEIGHTS), source=str(folder)))
 
 
 def require_files(folder: Path) -> None:

@@ -5,9 +5,10 @@ The record is sealed: it holds a hash of itself, so that a flipped bit in it is 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ RECORD_FORMAT = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LISTED = (CONFIG, WEIGHTS)
 _FIELDS = frozenset({"format", "kind", "base", "release", "trained", "files"})
+_SCALE = "scale"
+"""The one field that only some records have."""
+_SCALE_FIELDS = frozenset({"factor", "losses", "standard_error", "examples", "tokens", "data_sha256", "base_commit"})
+_MAX_SCALES = 100
 _TRAINED = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
 
 
@@ -39,6 +44,30 @@ class FileHash:
     """64 hexadecimal digits."""
     size: int
     """Bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleRecord:
+    """How the number was chosen that every lora_B was multiplied by after recovery."""
+
+    factor: float
+    """What lora_B was multiplied by, above 0; 1.0 if no other was better."""
+    losses: tuple[tuple[float, float], ...]
+    """(scale, mean loss in nats per token) of each scale that was tried, ascending; `factor` and 1.0 are among them."""
+    standard_error: float
+    """Of the difference in loss between `factor` and 1.0, over the examples, in nats per token."""
+    examples: int
+    """Sequences of the development set."""
+    tokens: int
+    """Tokens scored in it."""
+    data_sha256: str
+    """SHA-256 of the development set as token ids."""
+    base_commit: str | None
+    """Commit of the model that was run; None for a folder that is not from the Hub."""
+
+    def to_values(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self) | {"losses": [list(pair) for pair in self.losses]}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +90,12 @@ class AdapterRecord:
     """Ranks and alphas in training."""
     files: Mapping[str, FileHash]
     """Config and weights of the adapter, by file name."""
+    scale: ScaleRecord | None = None
+    """How lora_B was rescaled; None if the trained numbers were copied as they are."""
 
     def to_json(self) -> str:
         """Return the text of `loram.json`, a function of the values alone."""
-        values = {
+        values: dict[str, Any] = {
             "format": RECORD_FORMAT,
             "kind": RECOVERED,
             "base": {"id": self.base_id, "commit": self.base_commit, "config_sha256": self.base_config_sha256},
@@ -72,6 +103,8 @@ class AdapterRecord:
             "trained": dict(self.trained),
             "files": {name: {"sha256": file.sha256, "size": file.size} for name, file in self.files.items()},
         }
+        if self.scale is not None:
+            values[_SCALE] = self.scale.to_values()
         return seal(values)
 
 
@@ -118,7 +151,7 @@ def read_record(folder: Path) -> AdapterRecord:
 
 def _parse(values: Mapping[str, Any], source: str) -> AdapterRecord:
     fields = _Fields(source)
-    fields.keys(values, _FIELDS, "the record")
+    fields.keys(values, _FIELDS | ({_SCALE} & values.keys()), "the record")
     base = fields.members(values["base"], {"id", "commit", "config_sha256"}, "base")
     release = fields.members(values["release"], {"id", "commit", "plan_sha256"}, "release")
     files = fields.members(values["files"], set(_LISTED), "files")
@@ -131,6 +164,7 @@ def _parse(values: Mapping[str, Any], source: str) -> AdapterRecord:
         plan_sha256=fields.digest(release["plan_sha256"], "release.plan_sha256"),
         trained=fields.training(values["trained"]),
         files={name: fields.file(files[name], f"files[{name!r}]") for name in sorted(files)},
+        scale=fields.scale(values[_SCALE]) if _SCALE in values else None,
     )
 
 
@@ -184,6 +218,45 @@ class _Fields:
         if isinstance(entry["size"], bool) or not isinstance(entry["size"], int) or entry["size"] < 0:
             raise self._refusal(entry["size"], f"{name}.size", "a number of bytes is")
         return FileHash(sha256=self.digest(entry["sha256"], f"{name}.sha256"), size=entry["size"])
+
+    def scale(self, value: object) -> ScaleRecord:
+        entry = self.members(value, set(_SCALE_FIELDS), _SCALE)
+        factor, losses = self.number(entry["factor"], "scale.factor"), self.losses(entry["losses"])
+        if not {factor, 1.0} <= dict(losses).keys():
+            raise self._refusal(factor, "scale.factor", "one of the scales tried, with 1.0 among them, is")
+        return ScaleRecord(
+            factor=factor,
+            losses=losses,
+            standard_error=self.number(entry["standard_error"], "scale.standard_error"),
+            examples=self.count(entry["examples"], "scale.examples"),
+            tokens=self.count(entry["tokens"], "scale.tokens"),
+            data_sha256=self.digest(entry["data_sha256"], "scale.data_sha256"),
+            base_commit=self.text_or_none(entry["base_commit"], "scale.base_commit"),
+        )
+
+    def losses(self, value: object) -> tuple[tuple[float, float], ...]:
+        needed = f"at most {_MAX_SCALES} pairs of scale and loss, scales ascending, are"
+        if not isinstance(value, list) or not 0 < len(value) <= _MAX_SCALES:
+            raise self._refusal(value, "scale.losses", needed)
+        found: list[tuple[float, float]] = []
+        for pair in value:
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise self._refusal(pair, "a pair of scale.losses", needed)
+            scale, loss = (self.number(number, "a number of scale.losses") for number in pair)
+            if scale <= (found[-1][0] if found else 0.0):
+                raise self._refusal(pair, "a pair of scale.losses", needed)
+            found.append((scale, loss))
+        return tuple(found)
+
+    def number(self, value: object, name: str) -> float:
+        if not isinstance(value, float) or not 0 <= value < math.inf:  # a whole number may be too large for a float
+            raise self._refusal(value, name, "a decimal number of at least 0 is")
+        return value
+
+    def count(self, value: object, name: str) -> int:
+        if type(value) is not int or value < 1:
+            raise self._refusal(value, name, "a count of at least 1 is")
+        return value
 
     def _refusal(self, value: object, name: str, needed: str) -> VerificationError:
         return VerificationError(f"{name} in {self.source} is {value!r:.100}; {needed} needed.")

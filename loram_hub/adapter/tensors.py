@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import ml_dtypes  # makes safetensors' numpy side read and write BF16
@@ -32,6 +32,10 @@ DTYPES: Mapping[str, np.dtype[np.generic]] = {
 CODES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Names of the same in a safetensors header."""
 
+MARK = "lora_pruned_adapter_run_loram_recover_first"
+"""Last part of the name of the tensor that marks a pruned adapter. Older PEFT saves what has `lora_` in its name."""
+
+_MARK_NAME = re.compile(rf"(?:{re.escape(PREFIX)})?.+\.{MARK}")
 _MAX_TENSORS = 100_000
 _MAX_NAME = 500
 """Letters of a tensor's name; a full path in the largest models has fewer than 100."""
@@ -44,11 +48,16 @@ def factor_name(module: str, factor: Literal["A", "B"]) -> str:
     return f"{PREFIX}{module}.lora_{factor}.weight"
 
 
+def mark_names(names: Iterable[str]) -> list[str]:
+    """Return the names of marks among those of an adapter's tensors, sorted; a pruned adapter has one."""
+    return sorted(name for name in names if _MARK_NAME.fullmatch(name))
+
+
 def factor_names(names: Collection[str], *, source: str) -> list[str]:
     """Return the names of the factors among an adapter's tensors, sorted.
 
     Raises:
-        UnsupportedAdapterError: there is a tensor that is neither a factor nor a copy of a frozen weight.
+        UnsupportedAdapterError: there is a tensor that is neither a factor nor a mark nor a copy of a frozen weight.
         VerificationError: absurdly many tensors.
     """
     if len(names) > _MAX_TENSORS:
@@ -61,7 +70,7 @@ def factor_names(names: Collection[str], *, source: str) -> list[str]:
     copies = FROZEN_COPIES & set(names)
     for name in sorted(copies):
         logger.info("Leaving out %s: a copy of a frozen weight, not part of the adapter", name)
-    factors = sorted(set(names) - copies)
+    factors = sorted(set(names) - copies - set(mark_names(names)))
     for name in factors:
         if FACTOR_NAME.fullmatch(name) is None:
             raise UnsupportedAdapterError(

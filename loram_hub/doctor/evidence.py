@@ -23,6 +23,7 @@ from loram_hub.adapter import (
     check_work,
     known_architecture,
     linear_modules,
+    mark_names,
     parse_config,
     why_pruned,
 )
@@ -106,13 +107,19 @@ class Evidence:
     @cached_property
     def foreign(self) -> tuple[str, ...]:
         """Tensors that are neither factors nor copies, sorted."""
-        names = set(self.tensors) - set(self.copies)
+        names = set(self.tensors) - set(self.copies) - set(self.marks)
         return tuple(sorted(n for n in names if not (FACTOR_NAME.fullmatch(n) or FACTOR_NAME.fullmatch(PREFIX + n))))
+
+    @cached_property
+    def marks(self) -> tuple[str, ...]:
+        """Tensors that mark a pruned adapter, sorted."""
+        return tuple(mark_names(self.tensors))
 
     @cached_property
     def pruned(self) -> str | None:
         """Why the adapter looks pruned; None if it does not."""
-        return why_pruned(self.shapes, record=self.record, base=self.base, base_config=self.base_config)
+        shapes = {name: entry.shape for name, entry in self.tensors.items()}
+        return why_pruned(shapes, record=self.record, base=self.base, base_config=self.base_config)
 
     @cached_property
     def parsed(self) -> AdapterConfig | None:

@@ -196,8 +196,13 @@ def not_finite(evidence: Evidence) -> str | None:
 
 
 def pruned(evidence: Evidence) -> str | None:
-    """It was trained on a release and not recovered."""
-    return None if evidence.pruned is None else f"it is a pruned adapter: {evidence.pruned}"
+    """It was trained on a release and not recovered, and nothing but its content says so."""
+    return None if evidence.pruned is None or evidence.marks else f"it is a pruned adapter: {evidence.pruned}"
+
+
+def marked(evidence: Evidence) -> str | None:
+    """It was trained on a release and not recovered, and is marked so."""
+    return f"it is a pruned adapter: {evidence.pruned}" if evidence.marks else None
 
 
 def unknown_name(evidence: Evidence) -> str | None:

@@ -26,6 +26,7 @@ VLLM_READ = "vLLM 0.32.0, read"
 VLLM_PATTERNS = "vLLM 0.30.0 as vllm#59799 reports, 0.32.0 run"
 SGLANG_READ = "SGLang main of 2026-09, read"
 LLAMACPP_READ = "llama.cpp convert_lora_to_gguf.py of 2026, read"
+LLAMACPP_RUN = "llama.cpp convert_lora_to_gguf.py of 2026-10, run"
 PEFT_RUN = "PEFT 0.21.2, run"
 PEFT_READ = "PEFT 0.21.2, read"
 
@@ -351,6 +352,19 @@ RULES: tuple[Rule, ...] = (
             "sglang": _refused("'LoRA buffer shape ... does not match weight shape'", SGLANG_READ),
             "llamacpp": _refused(
                 "the converter cannot reshape it, or the server says 'incorrect shape'", LLAMACPP_READ
+            ),
+            "peft": _refused("'size mismatch'", PEFT_RUN),
+        },
+        remedy="Recover it to full size: loram recover ADAPTER OUT.",
+    ),
+    Rule(
+        name="pruned-marked",
+        find=finders.marked,
+        effects={
+            "vllm": _refused("'... run_loram_recover_first is unsupported LoRA weight'", VLLM_RUN),
+            "sglang": _refused("'LoRA buffer shape ... does not match weight shape'", SGLANG_READ),
+            "llamacpp": _refused(
+                "'Unexpected name ...run_loram_recover_first: Not a lora_A or lora_B tensor'", LLAMACPP_RUN
             ),
             "peft": _refused("'size mismatch'", PEFT_RUN),
         },
