@@ -70,6 +70,12 @@ class Budget:
     calibration_samples: int = 32
 
 
+QUICK = Budget(
+    steps=2, batch_size=2, sequence_length=32, fine_tuning_steps=2, tasks_per_step=2, scored_tasks=4, scored_texts=2,
+    calibration_samples=2,
+)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "table"])
@@ -83,11 +89,7 @@ def main() -> None:
     if arguments.action == "table":
         print(table(read_cells(arguments.work_dir)))
         return
-    quick = Budget(
-        steps=2, batch_size=2, sequence_length=32, fine_tuning_steps=2, tasks_per_step=2, scored_tasks=4,
-        scored_texts=2, calibration_samples=2,
-    )  # fmt: skip
-    study = Study(arguments.work_dir, quick if arguments.quick else Budget(), arguments.base)
+    study = Study(arguments.work_dir, QUICK if arguments.quick else Budget(), arguments.base)
     for seed in arguments.seed or [0, 1, 2]:
         for ratio in arguments.ratio or [0.35, 0.7]:
             study.run(ratio, seed)

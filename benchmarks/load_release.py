@@ -97,8 +97,10 @@ def _statistics(seconds: list[float]) -> dict[str, float]:
     return {"median": median(seconds), "min": min(seconds)}
 
 
-def make_both(folders: dict[str, str], sizes: dict[str, int]) -> dict[str, Any]:
-    """Write the release and the stock checkpoint, straight to NF4."""
+def make_both(
+    folders: dict[str, str], sizes: dict[str, int], ratio: float = RATIO, device: str = "cpu"
+) -> dict[str, Any]:
+    """Write the release and the stock checkpoint, straight to NF4, quantized on a device."""
     import torch
     from synthetic import llama_config, manifest_of, random_plan
 
@@ -110,10 +112,10 @@ def make_both(folders: dict[str, str], sizes: dict[str, int]) -> dict[str, Any]:
     from loram_hub.release import write_release
 
     config = llama_config(**sizes) | {"dtype": "bfloat16"}
-    plan = random_plan(config, RATIO)
-    manifest, nf4_config = as_nf4(manifest_of(plan, RATIO), config, torch.bfloat16)
+    plan = random_plan(config, ratio)
+    manifest, nf4_config = as_nf4(manifest_of(plan, ratio), config, torch.bfloat16)
     with write_release(Path(folders["release"]), manifest=manifest, plan=plan, config=nf4_config) as folder:
-        _write_nf4(folder, plan)
+        _write_nf4(folder, plan, device)
 
     wanted = parameter_counts(plan.architecture, plan.layers).nf4_bytes
     candidates = range(CHANNELS_STEP, sizes["intermediate_size"], CHANNELS_STEP)
@@ -123,7 +125,7 @@ def make_both(folders: dict[str, str], sizes: dict[str, int]) -> dict[str, Any]:
     best = off.index(min(off))
     stock = Path(folders["stock"])
     stock.mkdir()
-    _write_nf4(stock, whole[best])
+    _write_nf4(stock, whole[best], device)
     stock_config = narrower[best] | {"quantization_config": bitsandbytes_config("bfloat16")}
     (stock / CONFIG).write_text(dump_json(stock_config), encoding="utf-8")
 
@@ -134,27 +136,29 @@ def make_both(folders: dict[str, str], sizes: dict[str, int]) -> dict[str, Any]:
     return found
 
 
-def _write_nf4(folder: Path, plan: Any) -> None:  # noqa: ANN401 (loram_hub is not imported up here)
+def _write_nf4(folder: Path, plan: Any, device: str) -> None:  # noqa: ANN401 (loram_hub is not imported up here)
     import torch
     from synthetic import random_tensor
 
     from loram_hub.checkpoint import ShardWriter
     from loram_hub.quantization import quantized_tensors
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     writer = ShardWriter(folder)
     for name, shape in sorted(plan.tensor_shapes().items()):
         tensor = random_tensor(shape, torch.bfloat16, generator)
         for part, value in quantized_tensors(plan.architecture, name, tensor, torch.bfloat16).items():
-            writer.add(part, value)
+            writer.add(part, value.cpu())
     writer.finish()
 
 
-def load_once(kind: str, folder: str) -> dict[str, Any]:
+def load_once(kind: str, folder: str, device: str = "cpu") -> dict[str, Any]:
     _import_all()
+    _wake(device)
     cpu_before = time.process_time()
     with stopwatch() as seconds:
-        model = _load(kind, folder)
+        model = _load(kind, folder, device)
+        _wake(device)
     cpu_seconds = time.process_time() - cpu_before
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"seconds": seconds(), "cpu_seconds": cpu_seconds, "model_bytes": model_bytes}
@@ -189,16 +193,26 @@ def _import_all() -> None:
     assert all((accelerate, bitsandbytes, transformers, loram_hub.auto))
 
 
-def _load(kind: str, folder: str) -> Any:  # noqa: ANN401 (torch is not imported up here)
+def _wake(device: str) -> None:
+    """Start CUDA before the clock does, and wait for copies to end before it stops."""
+    if device != "cpu":
+        import torch
+
+        torch.empty(1, device=device)
+        torch.cuda.synchronize()
+
+
+def _load(kind: str, folder: str, device: str = "cpu") -> Any:  # noqa: ANN401 (torch is not imported up here)
     import torch
 
+    place: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
     if kind == "release":
         from loram_hub.auto import AutoLoramModel
 
-        return AutoLoramModel.from_pretrained(folder, dtype=torch.bfloat16)
+        return AutoLoramModel.from_pretrained(folder, dtype=torch.bfloat16, **place)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **place)
 
 
 if __name__ == "__main__":

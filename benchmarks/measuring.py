@@ -114,17 +114,23 @@ def make_warm(folder: Path) -> None:
 
 def report(benchmark: str, *, quick: bool, figures: Mapping[str, Any], target: str, met: bool) -> None:
     """Print the one line of JSON."""
-    line = {
+    print(json.dumps({**_line(benchmark, quick, figures), "target": target, "met": met}, allow_nan=False))
+
+
+def record(benchmark: str, *, quick: bool, figures: Mapping[str, Any]) -> None:
+    """Print one of several lines of JSON, at once: whatever stops the run, what was measured is there."""
+    print(json.dumps(_line(benchmark, quick, figures), allow_nan=False), flush=True)
+
+
+def _line(benchmark: str, quick: bool, figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "benchmark": benchmark,
         "machine": _machine(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": _versions(),
         "quick": quick,
         "figures": figures,
-        "target": target,
-        "met": met,
     }
-    print(json.dumps(line, allow_nan=False))
 
 
 def _machine() -> dict[str, Any]:

@@ -71,18 +71,20 @@ def manifest_of(plan: Plan, pruning_ratio: float) -> Manifest:
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """N(0, 0.02^2) for a matrix, ones for a norm."""
+    """N(0, 0.02^2) for a matrix, ones for a norm; on the generator's device."""
     if len(shape) == 1:
-        return torch.ones(shape, dtype=dtype)
-    return torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+        return torch.ones(shape, dtype=dtype, device=generator.device)
+    return torch.empty(shape, dtype=dtype, device=generator.device).normal_(0, 0.02, generator=generator)
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any], *, dtype: torch.dtype, seed: int = 0) -> None:
-    """Write an unquantized, sharded checkpoint; a layer's tensors lie together, as in real ones."""
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], *, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> None:
+    """Write an unquantized, sharded checkpoint, drawn on a device; a layer's tensors lie together, as in real ones."""
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text(dump_json({**config, "dtype": str(dtype).removeprefix("torch.")}), encoding="utf-8")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     writer = ShardWriter(folder)
     for name, shape in architecture_of(config).tensor_shapes().items():
-        writer.add(name, random_tensor(shape, dtype, generator))
+        writer.add(name, random_tensor(shape, dtype, generator).cpu())
     writer.finish()
