@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from loram_hub.alignment import align as align
     from loram_hub.auto import AutoLoramModel as AutoLoramModel
     from loram_hub.errors import LoramError as LoramError
+    from loram_hub.estimation import MemoryOptions as MemoryOptions
     from loram_hub.evaluation import evaluate as evaluate
+    from loram_hub.finetuning import RecoverCallback as RecoverCallback
+    from loram_hub.finetuning import finetune as finetune
+    from loram_hub.fitting import estimate_memory as estimate_memory
     from loram_hub.inspection import count_parameters as count_parameters
     from loram_hub.inspection import info as info
     from loram_hub.inspection import verify as verify
+    from loram_hub.lowmemory import reduce_memory_ as reduce_memory_
     from loram_hub.merging import merge as merge
     from loram_hub.pipeline import publish as publish
     from loram_hub.pruning import prune as prune
@@ -26,14 +31,19 @@ if TYPE_CHECKING:
     from loram_hub.quantization import quantize as quantize
     from loram_hub.recovery import recover as recover
     from loram_hub.refitting import refit as refit
+    from loram_hub.rescaling import recover_scaled as recover_scaled
     from loram_hub.teaching import teach as teach
 
 _HOME = {
     "AutoLoramModel": "auto",
     "LoramError": "errors",
+    "MemoryOptions": "estimation",
+    "RecoverCallback": "finetuning",
     "align": "alignment",
     "count_parameters": "inspection",
+    "estimate_memory": "fitting",
     "evaluate": "evaluation",
+    "finetune": "finetuning",
     "info": "inspection",
     "merge": "merging",
     "prune": "pruning",
@@ -42,6 +52,8 @@ _HOME = {
     "push_adapter": "pushing",
     "quantize": "quantization",
     "recover": "recovery",
+    "recover_scaled": "rescaling",
+    "reduce_memory_": "lowmemory",
     "refit": "refitting",
     "teach": "teaching",
     "verify": "inspection",
@@ -50,9 +62,13 @@ _HOME = {
 __all__ = [
     "AutoLoramModel",
     "LoramError",
+    "MemoryOptions",
+    "RecoverCallback",
     "align",
     "count_parameters",
+    "estimate_memory",
     "evaluate",
+    "finetune",
     "info",
     "merge",
     "prune",
@@ -61,6 +77,8 @@ __all__ = [
     "push_adapter",
     "quantize",
     "recover",
+    "recover_scaled",
+    "reduce_memory_",
     "refit",
     "teach",
     "verify",

@@ -57,7 +57,15 @@ EXPECTED_OPTIONS = {
     "config-schema": set(),
     "info": {"revision", "token", "json"},
     "verify": {"full", "base", "revision", "token", "json"},
-    "recover": {"release", "dtype", "overwrite", "dry-run", "revision", "token", "json"},
+    "estimate": {
+        "gpu", "seq", "micro-batch", "rank", "targets", "dropout", "optim", "checkpointing", "processes", "embedding",
+        "lm-head", "offload-activations", "pruning-ratio", "keep-first", "keep-last", "round-to", "16-bit", "picture",
+        "revision", "token", "json",
+    },
+    "finetune": {"out", "resume", "token", "dry-run", "json"},
+    "recover": {
+        "release", "dtype", "calibrate-scale", "base", "device", "overwrite", "dry-run", "revision", "token", "json",
+    },
     "doctor": {"target", "base", "fix", "overwrite", "revision", "token", "json"},
     "merge": {"allow-base-mismatch", "overwrite", "dry-run", "revision", "token", "json"},
     "eval": {

@@ -79,10 +79,11 @@ def test_from_base_model_to_served_adapter(endpoint: str, tmp_path: Path) -> Non
     (tmp_path / "bob" / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     trained = call(
         bob, tmp_path / "bob",
-        sys.executable, "-W", "ignore", ROOT / "consume" / "fine_tune.py", RELEASE, "tasks.jsonl", ADAPTER,
-        "--steps", "3", "--batch-size", "4", "--accumulation", "1", "--device-map", "cpu",
+        sys.executable, "-W", "ignore", ROOT / "consume" / "finetune_lora.py", RELEASE, "tasks.jsonl",
+        "recovered-adapter", "--steps", "3", "--batch", "4", "--accumulation", "1",
     )  # fmt: skip
-    assert f"vllm serve org/Tiny --enable-lora --max-lora-rank 8 --lora-modules tuned={ADAPTER}" in trained
+    assert "vllm serve org/Tiny --enable-lora --lora-modules tuned=recovered-adapter" in trained
+    call(bob, tmp_path / "bob", "loram", "push", "recovered-adapter", ADAPTER)
     assert "serves" in call(bob, tmp_path / "bob", "loram", "doctor", ADAPTER, "--target", "vllm", "--base", "org/Tiny")
     assert "Intact" in call(bob, tmp_path / "bob", "loram", "verify", ADAPTER)
 

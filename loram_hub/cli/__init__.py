@@ -9,6 +9,6 @@ name.
 
 from loram_hub.cli.group import main as main
 
-from loram_hub.cli import publisher, alignment, publishing, consumer  # isort: skip  (in the order of use; importing adds their commands)
+from loram_hub.cli import publisher, alignment, publishing, estimation, finetuning, consumer  # isort: skip  (in the order of use; importing adds their commands)
 
-__all__ = ["alignment", "consumer", "main", "publisher", "publishing"]
+__all__ = ["alignment", "consumer", "estimation", "finetuning", "main", "publisher", "publishing"]

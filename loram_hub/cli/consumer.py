@@ -74,15 +74,45 @@ def verify(target: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     show_default=True,
     help="Type of the written factors.",
 )
+@click.option(
+    "--calibrate-scale",
+    "development_set",
+    metavar="DATA",
+    help="Multiply the adapter by the number with which the original model has the lowest loss on DATA (file, folder "
+    "or dataset id): texts or tasks that were not trained on.",
+)
+@click.option("--base", help="With --calibrate-scale: the original model. Default: what the release names.")
+@click.option("--device", help="With --calibrate-scale: where the original model runs. Default: cpu.")
 @write_options
 @hub_options
 @json_option
-def recover(adapter: str, out: Path, as_json: bool, **options: Any) -> None:  # noqa: ANN401
-    """Recover ADAPTER, trained on a release, to full size in OUT; works without torch and without weights."""
+def recover(
+    adapter: str,
+    out: Path,
+    development_set: str | None,
+    base: str | None,
+    device: str | None,
+    as_json: bool,
+    **options: Any,  # noqa: ANN401
+) -> None:
+    """Recover ADAPTER, trained on a release, to full size in OUT; works without torch and without weights.
+
+    With --calibrate-scale it needs both: the original model runs over DATA some eight times.
+    """
     from loram_hub import recover as recover_adapter
 
-    recovered = recover_adapter(adapter, out, **options)
+    scale = None
+    if development_set is None:
+        if base is not None or device is not None:
+            raise click.UsageError("--base and --device go with --calibrate-scale.")
+        recovered = recover_adapter(adapter, out, **options)
+    else:
+        from loram_hub import recover_scaled
+
+        scaled = recover_scaled(adapter, out, data=development_set, base=base, device=device, **options)
+        recovered, scale = scaled.adapter, scaled.scale
     result = jsonable(asdict(recovered)) | {"dry_run": options["dry_run"]}
+    result |= {"scale": None if scale is None else jsonable(asdict(scale))}
 
     def show() -> None:
         verb = "Would write" if options["dry_run"] else "Wrote"
@@ -90,6 +120,9 @@ def recover(adapter: str, out: Path, as_json: bool, **options: Any) -> None:  # 
             f"{verb} {recovered.folder}: {len(recovered.modules)} modules, rank {recovered.rank}, "
             f"alpha {recovered.alpha}, {size_text(recovered.nbytes)}, for {recovered.base_id}."
         )
+        if scale is not None:
+            losses = ", ".join(f"{factor:.3g}: {loss:.4f}" for factor, loss in sorted(scale.losses))
+            click.echo(f"Scale {scale.factor:.3g}; development loss at each that was tried: {losses}.")
         lora = ("--enable-lora", "--max-lora-rank", recovered.max_lora_rank, "--lora-modules")
         suggest("vllm serve", recovered.base_id, *lora, f"tuned={recovered.folder}")
 

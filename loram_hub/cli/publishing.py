@@ -66,12 +66,19 @@ def publish(
     print_result(published.to_dict(), as_json, lambda: _print_published(published))
 
 
-@main.command(name="config-schema", epilog="Example: loram config-schema > recipe.schema.json")
-def config_schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
+@main.command(name="config-schema", epilog="Example: loram config-schema finetune > finetune.schema.json")
+@click.argument("kind", type=click.Choice(["publish", "finetune"]), default="publish")
+def config_schema(kind: str) -> None:
+    """Print the JSON Schema of the recipes of a command, for editors. Default: those of publish."""
+    from loram_hub.finetuning import FinetuneRecipe
     from loram_hub.pipeline import recipe_schema
+    from loram_hub.recipes import schema_of
 
-    print_json(recipe_schema())
+    schemas = {
+        "publish": recipe_schema,
+        "finetune": lambda: schema_of(FinetuneRecipe, title="Recipe of a fine-tuning run"),
+    }
+    print_json(schemas[kind]())
 
 
 def _print_preview(preview: Preview, *, err: bool = False) -> None:

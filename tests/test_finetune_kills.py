@@ -1,0 +1,44 @@
+"""A fine-tuning run that is killed again and again ends, byte for byte, with the adapter of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import killed_finetuning
+
+ROOT = Path(__file__).parents[1]
+KILLS = 30
+
+
+def test_a_run_that_is_killed_at_any_instant_ends_with_the_adapter_of_an_undisturbed_one(
+    tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+    settings = {
+        "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's allocator: no second thread
+        "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes would have each child compile kernels for CPUs
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+    }
+
+    done = subprocess.run(
+        [sys.executable, killed_finetuning.__file__, tmp_path, str(KILLS)],
+        env={**os.environ, **one_thread, **settings}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    saw = json.loads(done.stdout.splitlines()[-1])
+    assert saw["kills"] == KILLS
+    assert saw["runs"] >= 3
+    assert saw["states"] > 50
+    assert saw["steps"] == [2, 4, 6, 7]  # each checkpoint was the newest whole one at some instant
+    assert saw["two_ranks"] == [1, -9]
+    assert saw["two_resumed_from"] in (2, 4, 6)
+    figure(
+        f"fine-tuning: {saw['kills']} kills at random instants in {saw['runs']} runs and a look at {saw['states']} "
+        "states between changes of files, 0 torn checkpoints taken, all runs ended with the undisturbed run's bytes"
+    )
