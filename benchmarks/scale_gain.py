@@ -102,7 +102,10 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
 
 def table(cells: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: mean and standard deviation over seeds, before and after on the scored tasks."""
-    columns = ("ratio", "release", "seeds", "scale", "scale 1", "**chosen**", "difference", "share", "chosen", "passes")
+    columns = (
+        "ratio", "release", "seeds", "scale chosen", "loss at 1", "**loss at the chosen**", "difference", "share at 1",
+        "share at the chosen", "passes",
+    )  # fmt: skip
     return "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *_rows(cells)])
 
 

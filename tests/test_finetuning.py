@@ -496,7 +496,7 @@ def test_processes_that_did_not_come_are_missed(folder: Path, environment: dict[
 def test_one_process_for_several_gpus_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
-    with pytest.raises(InvalidRequestError, match="CUDA_VISIBLE_DEVICES=0, or .* torchrun --nproc-per-node 2"):
+    with pytest.raises(InvalidRequestError, match=r"CUDA_VISIBLE_DEVICES=0, or .* torchrun --nproc-per-node 2"):
         expected_processes(recipe(folder), {})
     assert expected_processes(recipe(folder, device="cpu"), {}).device == "cpu"
 

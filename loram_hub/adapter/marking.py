@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 class PrunedMark(nn.Module):
     """On a LoRA layer: the mark of each of its adapters."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, factors: nn.ModuleDict) -> None:
         super().__init__()
-        self._layer = (layer,)  # in a tuple, so that it is not taken for a submodule
+        self._factors = (factors,)  # lora_A of the layer, in a tuple: it is no submodule of this one
         self._digests: dict[str, str] = {}
 
     def set_digests(self, adapters: list[str], digest: str) -> None:
@@ -37,10 +37,9 @@ class PrunedMark(nn.Module):
         return _tensor(digests[name]) if name in digests else super().__getattr__(name)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: ANN401
-        weight = next(self._layer[0].parameters(), None)
-        if weight is not None and weight.is_meta:
-            return  # Accelerate reads the state dict of a model on meta to distribute it, and takes parameters only
-        destination.update({prefix + name: _tensor(digest) for name, digest in self._digests.items()})
+        # Accelerate reads the state dict of a model on meta to distribute it, and can do so with parameters only.
+        there = [name for name in self._digests if not self._factors[0][name].weight.is_meta]
+        destination.update({prefix + name: _tensor(self._digests[name]) for name in there})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # noqa: ANN401
         """Remember what an adapter was marked with; one without a mark is loaded all the same."""
@@ -86,7 +85,7 @@ def mark_adapters_(model: nn.Module, digest: str) -> None:
         seen.update(first)
         mark = getattr(layer, MARK, None)
         if mark is None and first:
-            mark = PrunedMark(layer)
+            mark = PrunedMark(factors)
             layer.add_module(MARK, mark)
         if mark is not None:
             mark.set_digests(first, digest)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -37,8 +38,8 @@ _PATIENCE = timedelta(hours=1)
 LAUNCHED_BY = "LORAM_LAUNCHED_BY"
 """Variable with machine and number of the process that launched all others."""
 _ELSEWHERE = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_TPU")
+_Start = Callable[[object], str]  # a number of processes -> the command that starts them
 _OTHER_LAUNCHERS = {"SLURM_NTASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
-_TORCHRUN = "torchrun --nproc-per-node {count} -m loram_hub align ..."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,45 +61,51 @@ class Launch:
         return self.size == 1
 
 
-def read_launch(environment: Mapping[str, str], *, processes: int | None = None) -> Launch:
+def read_launch(environment: Mapping[str, str], *, processes: int | None = None, command: str = "align") -> Launch:
     """Read from the environment which processes were started.
 
     Args:
         environment: of this process.
         processes: how many are wanted; None for any number.
+        command: of `loram` that is to be started, for messages.
 
     Raises:
         InvalidRequestError: a launcher's variables are incomplete, another launcher started several processes that
             would each train alone, accelerate was set up for another engine, or there is another number of processes
             than is wanted.
     """
-    _refuse_other_engines(environment)
+    start = partial(_torchrun, command)
+    _refuse_other_engines(environment, start)
     if "RANK" in environment:
-        launch = _launched(environment)
+        launch = _launched(environment, start)
     else:
-        _refuse_lone_variables(environment, processes)
-        _refuse_other_launchers(environment)
+        _refuse_lone_variables(environment, processes, start)
+        _refuse_other_launchers(environment, start)
         launch = Launch()
     if processes is not None and launch.size != processes:
         raise InvalidRequestError(
             f"The run is meant for {processes} processes and was started with {launch.size}. "
-            f"Start it with {_TORCHRUN.format(count=processes)} (on one machine), or change `processes`."
+            f"Start it with {start(processes)} (on one machine), or change `processes`."
         )
     if launch.is_alone and processes is None and _is_set(environment, "ACCELERATE_USE_FSDP"):
         raise InvalidRequestError(
             "accelerate was asked for FSDP and started one process. Give it --num_processes, or start "
-            f"{_TORCHRUN.format(count='N')}; with processes=1 this process trains alone."
+            f"{start('N')}; with processes=1 this process trains alone."
         )
     return launch
 
 
-def _launched(environment: Mapping[str, str]) -> Launch:
+def _torchrun(command: str, count: object) -> str:
+    return f"torchrun --nproc-per-node {count} -m loram_hub {command} ..."
+
+
+def _launched(environment: Mapping[str, str], start: _Start) -> Launch:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not environment.get(name)]
     if missing:
         raise InvalidRequestError(
             f"RANK is set but {', '.join(missing)} is not: half a launcher's environment. "
-            f"Start with {_TORCHRUN.format(count='N')}, or unset RANK to train in one process."
+            f"Start with {start('N')}, or unset RANK to train in one process."
         )
     try:
         rank, size, local_rank = (int(environment[name]) for name in names[:3])
@@ -115,7 +122,7 @@ def _launched(environment: Mapping[str, str]) -> Launch:
     return Launch(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
 
 
-def _refuse_lone_variables(environment: Mapping[str, str], processes: int | None) -> None:
+def _refuse_lone_variables(environment: Mapping[str, str], processes: int | None, start: _Start) -> None:
     """Refuse what says that there are other processes while nothing says which one this is."""
     count = environment.get("WORLD_SIZE") or "1"
     if not count.isdecimal():
@@ -123,7 +130,7 @@ def _refuse_lone_variables(environment: Mapping[str, str], processes: int | None
     if int(count) > 1:
         raise InvalidRequestError(
             f"WORLD_SIZE is {count} but RANK is not set: this process would train alone. Start all "
-            f"of them with {_TORCHRUN.format(count=count)}"
+            f"of them with {start(count)}"
         )
     # `accelerate launch --cpu --num_processes N` sets these, and starts one process whatever N is.
     meeting = [name for name in ("MASTER_ADDR", "MASTER_PORT") if environment.get(name)]
@@ -131,27 +138,27 @@ def _refuse_lone_variables(environment: Mapping[str, str], processes: int | None
         raise InvalidRequestError(
             f"The environment has {' and '.join(meeting)}, as for several processes, but no RANK: this process would "
             "train alone. (On CPUs, accelerate launch starts one process whatever --num_processes says.) Start them "
-            f"with {_TORCHRUN.format(count='N')}. To train in this process alone, unset {' and '.join(meeting)}, or "
+            f"with {start('N')}. To train in this process alone, unset {' and '.join(meeting)}, or "
             "say processes=1 (--processes 1)."
         )
 
 
-def _refuse_other_engines(environment: Mapping[str, str]) -> None:
+def _refuse_other_engines(environment: Mapping[str, str], start: _Start) -> None:
     for name in _ELSEWHERE:
         if _is_set(environment, name):
             raise InvalidRequestError(
-                f"{name} is set: accelerate was set up for another engine. Alignment shards with torch FSDP2 and with "
-                f"nothing else; start it with {_TORCHRUN.format(count='N')}, or accelerate launch --multi_gpu."
+                f"{name} is set: accelerate was set up for another engine. loram-hub trains with torch's own "
+                f"DDP and FSDP2; start it with {start('N')}, or accelerate launch --multi_gpu."
             )
 
 
-def _refuse_other_launchers(environment: Mapping[str, str]) -> None:
+def _refuse_other_launchers(environment: Mapping[str, str], start: _Start) -> None:
     for name, launcher in _OTHER_LAUNCHERS.items():
         count = environment.get(name, "1")
         if count.isdigit() and int(count) > 1:
             raise InvalidRequestError(
                 f"{name} is {count} but RANK is not set: each of the {count} tasks of {launcher} would train alone. "
-                f"Have {launcher} start one task per machine that runs {_TORCHRUN.format(count='GPUS')}; to train in "
+                f"Have {launcher} start one task per machine that runs {start('GPUS')}; to train in "
                 f"this process alone, unset {name}."
             )
 

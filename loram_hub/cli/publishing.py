@@ -70,15 +70,15 @@ def publish(
 @click.argument("kind", type=click.Choice(["publish", "finetune"]), default="publish")
 def config_schema(kind: str) -> None:
     """Print the JSON Schema of the recipes of a command, for editors. Default: those of publish."""
-    from loram_hub.finetuning import FinetuneRecipe
-    from loram_hub.pipeline import recipe_schema
-    from loram_hub.recipes import schema_of
+    if kind == "publish":
+        from loram_hub.pipeline import recipe_schema
 
-    schemas = {
-        "publish": recipe_schema,
-        "finetune": lambda: schema_of(FinetuneRecipe, title="Recipe of a fine-tuning run"),
-    }
-    print_json(schemas[kind]())
+        print_json(recipe_schema())
+    else:
+        from loram_hub.finetuning import FinetuneRecipe
+        from loram_hub.recipes import schema_of
+
+        print_json(schema_of(FinetuneRecipe, title="Recipe of a fine-tuning run"))
 
 
 def _print_preview(preview: Preview, *, err: bool = False) -> None:

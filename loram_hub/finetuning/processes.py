@@ -71,14 +71,7 @@ def expected_processes(recipe: FinetuneRecipe, environment: Mapping[str, str] | 
             fewer GPUs than processes, or FSDP is asked for without GPUs.
     """
     given = os.environ if environment is None else environment
-    try:
-        launch = read_launch(given, processes=recipe.distributed.processes)
-    except InvalidRequestError as err:
-        raise InvalidRequestError(
-            str(err)
-            .replace("loram_hub align", "loram_hub finetune")
-            .replace("Alignment shards with torch FSDP2 and with nothing else", "Fine-tuning knows DDP and FSDP2")
-        ) from err
+    launch = read_launch(given, processes=recipe.distributed.processes, command="finetune")
     device = _device_type(recipe, launch.local_size)
     if device == "cuda" and "RANK" not in given and torch.cuda.device_count() > 1:
         raise InvalidRequestError(

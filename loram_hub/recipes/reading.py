@@ -15,6 +15,7 @@ from loram_hub.recipes.fields import Key, element_of, flat_fields, is_section, k
 from loram_hub.recipes.yaml_text import MAX_BYTES, parse_yaml
 
 _T = TypeVar("_T")
+_ELSEWHERE = 0.75  # how alike a key of another section must be to have been meant; difflib's own is 0.6
 _WANTED: Mapping[type, str] = {
     str: "a text",
     bool: "true or false",
@@ -217,7 +218,7 @@ def _refuse_key(name: str, path: str, keys: Mapping[str, Key], place: _Place) ->
     full = _joined(path, name)
     near = get_close_matches(name, keys, n=1)
     meant = _joined(path, near[0]) if near else place.known.get(name)
-    if meant is None and (close := get_close_matches(name, place.known, n=1)):
+    if meant is None and (close := get_close_matches(name, place.known, n=1, cutoff=_ELSEWHERE)):
         meant = place.known[close[0]]
     if meant is None:
         place.refuse(full, f"{full!r:.200} is no key of a recipe. Here can stand: {', '.join(keys)}.")
