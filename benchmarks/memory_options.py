@@ -43,7 +43,7 @@ TRAINED = ("16 bit", "embedding int8, lm_head int8", "embedding int8, lm_head nf
 HELD_OUT, STEPS, BATCH, SEEDS = 64, 24, 8, (0, 1)
 RATIO = 0.5
 MOST_LOST = 0.02
-"""Most that the loss of the base with a recovered adapter may rise, in nats per token; seeds differ by about that."""
+"""Most that the loss of the base with a recovered adapter may rise, in nats per token, as a mean over the seeds."""
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ Every process of a run calls them; the first one writes, and what goes wrong the
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
@@ -38,8 +37,6 @@ from loram_hub.release import Release, open_metadata
 if TYPE_CHECKING:
     from torch import nn
 
-logger = logging.getLogger(__name__)
-
 Result = TypeVar("Result")
 
 _RECOVERED_NAME = re.compile(r"recovered-(\d+)")
@@ -50,8 +47,8 @@ class RecoverCallback(TrainerCallback):
 
     Not inside of it: the Trainer would load it as a second adapter when it resumes. It is what `recover` makes of the
     checkpoint, appears whole or not at all, and goes when its checkpoint has gone. The checkpoint itself gets a
-    `loram.json` with the release and its plan, so that `recover` never has to guess. That the adapter can be recovered
-    is checked before the first step.
+    `loram.json` with the plan of the release, and on one from the Hub its commit, so that `recover` never has to guess.
+    That the adapter can be recovered is checked before the first step.
 
     Args:
         release: that is trained on, folder or Hub id; None for the one that `AutoLoramModel` opened.

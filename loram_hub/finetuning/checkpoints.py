@@ -4,7 +4,7 @@
 run/
   checkpoint-200/            the Trainer writes it in place, file by file
     adapter_model.safetensors, optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json, ...
-    loram.json               the release that the adapter was trained on (`origins`)
+    loram.json               digest of the plan of the release (`origins`)
     loram-checkpoint.json    sealed, written last: name, size and SHA-256 of every other file
   .checkpoint-100.removed/   being deleted, or left by a kill
 ```
@@ -16,7 +16,7 @@ written, and says what is wrong with those it passes over.
 What the seal protects against: a kill, a full disk, a flipped bit, a file that was lost, added or replaced by accident.
 Not against somebody who may write the folder and seals it anew. The Trainer opens its pickles (optimizer.pt,
 scheduler.pt, rng_state.pth) as plain values, so that they cannot run code, but believes their numbers: resume only from
-folders of your own. Nobody should publish them; `loram push-adapter` and `loram verify` refuse folders that hold them.
+folders of your own. Nobody should publish them; `loram push` and `loram verify` refuse folders that hold them.
 """
 
 from __future__ import annotations
