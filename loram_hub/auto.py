@@ -109,7 +109,10 @@ class AutoLoramModel:
         # cannot reverse (5.23: NotImplementedError from save_pretrained on any prequantized bitsandbytes model).
         vars(model)["_weight_conversions"] = []
         _cast_unquantized_(model, chosen)
-        _disable_cpu_repacking(model)
+        if getattr(model, "is_loaded_in_4bit", False):
+            from loram_hub.cpu_nf4 import mend_cpu_layers_  # bitsandbytes, which 16-bit releases do without
+
+            mend_cpu_layers_(model)
         return model
 
 
@@ -291,17 +294,6 @@ def _cast_unquantized_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.to(dtype)
-
-
-def _disable_cpu_repacking(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking NF4 weights for AVX512-BF16 on the first eval forward.
-
-    Its repacking assumes that in_features is a multiple of the block size (64) and fails with a reshape error where a
-    layer keeps another number of channels (bitsandbytes 0.50, functional._convert_weight_packed_for_cpu).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 __all__ = ["AutoLoramModel", "model_on_meta", "supported_dtype"]

@@ -489,8 +489,8 @@ PEFT_CASES = [
     if rule
     in (
         "config-missing", "weights-missing", "rank-mismatch", "not-finite", "pruned", "pruned-marked", "other-base",
-        "unknown-module", "unknown-path", "missing-factors", "undeclared-factors", "half-pair", "no-prefix", "foreign-tensor", "no-base",
-        "unpinned-base", "target-pattern",
+        "unknown-module", "unknown-path", "missing-factors", "undeclared-factors", "half-pair", "no-prefix",
+        "foreign-tensor", "no-base", "unpinned-base", "target-pattern",
     )
 ]  # fmt: skip
 

@@ -38,7 +38,7 @@ from loram_hub.release.nf4 import dynamic_table, nf4_table
 IDS = torch.randint(3, 53, (2, 12), generator=torch.Generator().manual_seed(1))
 UNTIED = ("llama", "qwen2", "gemma2", "gemma3_text")
 """Plain, with biases, with soft-capped logits, with a scaled embedding."""
-TIED = ("llama", "gemma2", "gemma3_text")
+TIED = ("llama", "gemma3_text")
 OPTIONS = {
     "cpu": MemoryOptions(embedding="cpu"),
     "int8": MemoryOptions(embedding="int8"),

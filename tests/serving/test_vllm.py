@@ -181,5 +181,6 @@ def test_the_script_of_a_consumer_serves_and_asks(tiny: Case) -> None:
 
     lines = found.splitlines()
     assert lines[0].startswith(f"{shlex.join(SERVER)} org/base --revision ")
-    assert lines[-1].startswith("w5 w6")
-    assert len(lines[-1].split()) > 2
+    answers = [line for line in lines if line.startswith("w5 w6 ")]  # among what vLLM says
+    assert len(answers) == 1
+    assert len(answers[0].split()) > 2
