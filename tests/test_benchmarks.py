@@ -21,6 +21,7 @@ pytest.importorskip("bitsandbytes")
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     "taylor_memory", "stream_memory", "prune_stream", "recover_70b", "load_release", "verify_speed", "align_step",
+    "memory_simulation",
 )  # fmt: skip
 
 pytestmark = pytest.mark.slow

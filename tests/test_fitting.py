@@ -369,3 +369,27 @@ def test_tied_embeddings_take_both_options_or_none(tmp_path: Path) -> None:
     small = estimate_memory(path, gpu="1GB", shape=TrainingShape(micro_batch=32))
     tied = [each for each in small.advice if "tied" in each.change]
     assert [each.option for each in tied] == ["--embedding int8 --lm-head int8"]
+
+
+def test_the_guide_shows_what_the_formulas_give(tmp_path: Path) -> None:
+    guide = (Path(__file__).resolve().parents[1] / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in guide.splitlines() if line.count("|") == 9]
+    table = [row for row in rows if row[-1] == "not measured"]
+    assert len(table) == 16
+    ids = {"Llama-2-13B": "meta-llama/Llama-2-13b-hf", "Llama-2-70B": "meta-llama/Llama-2-70b-hf"}
+
+    for base, ratio, micro_batch, tensors, _, estimate, with_options, _ in table:
+        config, _ = BASES[ids.get(base, f"meta-llama/{base}")]
+        file = tmp_path / base / "config.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(config))
+        shape = TrainingShape(micro_batch=int(micro_batch))
+        asked: dict[str, Any] = {"pruning_ratio": None if ratio == "unpruned" else float(ratio)}
+
+        plain = estimate_memory(file, shape=shape, **asked).breakdown
+        reduced = estimate_memory(
+            file, shape=replace(shape, options=MemoryOptions(embedding="cpu", lm_head="nf4")), **asked
+        )
+
+        totals = (plain.tensors - plain.optimizer, plain.total, reduced.breakdown.total)
+        assert [f"{nbytes / 2**30:.2f}" for nbytes in totals] == [tensors, estimate, with_options], (base, ratio)
