@@ -34,4 +34,6 @@ trainer = SFTTrainer(
 )
 trainer.train()
 recovered = recover(trainer.model, given.out)  # full size, for the original model
-print(f"vllm serve {recovered.base_id} --enable-lora --lora-modules tuned={recovered.folder}")
+pin = f" --revision {recovered.revision}" if recovered.revision else ""
+lora = f"--enable-lora --max-lora-rank {recovered.max_lora_rank} --lora-modules tuned={recovered.folder}"
+print(f"vllm serve {recovered.base_id}{pin} {lora}")

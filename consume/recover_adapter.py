@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 
-from loram_hub import push_adapter, recover
+from loram_hub import LoramError, push_adapter, recover
 
 
 def main() -> None:
@@ -38,4 +39,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LoramError as err:
+        sys.exit(str(err))  # it says what is wrong and what to do

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import shlex
+import struct
 import subprocess
 import sys
 import time
@@ -22,6 +23,9 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
+WEIGHTS = "adapter_model.safetensors"
+PRUNED_MARK = ".lora_pruned_adapter_run_loram_recover_first"  # ends a name in an adapter that is not recovered
+MAX_HEADER_BYTES = 100_000_000  # of safetensors
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 WAIT_SECONDS = 1800  # a 70B model loads for minutes
 
@@ -60,11 +64,12 @@ def main() -> None:
 
 def serving_options(options: argparse.Namespace) -> list[str]:
     """Return what follows `vllm serve`: the base at its commit, and the adapter with the rank that it needs."""
-    folder = Path(options.adapter)
-    path = (
-        folder / "adapter_config.json" if folder.is_dir() else hf_hub_download(options.adapter, "adapter_config.json")
-    )
-    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    config = json.loads(file_of(options.adapter, "adapter_config.json").read_text(encoding="utf-8"))
+    if any(name.endswith(PRUNED_MARK) for name in tensor_names(file_of(options.adapter, WEIGHTS))):
+        sys.exit(
+            f"{options.adapter} was trained on a pruned model and does not fit the original one. Recover it first: "
+            f"loram recover {options.adapter} recovered"
+        )
     pin = ["--revision", config["revision"]] if config.get("revision") and options.base is None else []
     rank = next((rank for rank in RANKS if rank >= config["r"]), None)
     if rank is None:
@@ -74,6 +79,25 @@ def serving_options(options: argparse.Namespace) -> list[str]:
     if base.startswith("-"):
         sys.exit(f"{options.adapter} names the base {base!r}, which vLLM would take for an option. Give --base")
     return [base, *pin, *lora, "--host", "127.0.0.1", "--port", str(options.port)]
+
+
+def file_of(adapter: str, name: str) -> Path:
+    """Return a file of an adapter, from its folder or from the Hub, where vLLM will find it in the cache."""
+    folder = Path(adapter)
+    path = folder / name if folder.is_dir() else Path(hf_hub_download(adapter, name))
+    if not path.is_file():
+        sys.exit(f"{adapter} has no {name}; give the folder of a recovered adapter.")
+    return path
+
+
+def tensor_names(weights: Path) -> list[str]:
+    """Return the names of the tensors in a safetensors file, from its header."""
+    try:
+        with weights.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            return list(json.loads(file.read(min(size, MAX_HEADER_BYTES))))
+    except (struct.error, ValueError) as err:
+        sys.exit(f"{weights} is damaged or no safetensors file: {err}")
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], health: str) -> None:

@@ -76,18 +76,23 @@ def test_the_scripts_train_recover_and_give_the_command_that_serves(
         monkeypatch, "finetune_lora.py", release, "tasks.jsonl", "by-script",
         "--steps", "2", "--batch", "2", "--accumulation", "1", "--tokens", "16",
     )  # fmt: skip
-    assert "vllm serve release-base --enable-lora --lora-modules tuned=by-script" in capsys.readouterr().out
+    command = "vllm serve release-base --enable-lora --max-lora-rank 8 --lora-modules tuned="
+    assert f"{command}by-script" in capsys.readouterr().out
     assert check_adapter(here / "by-script").kind == "recovered adapter"
 
     run(monkeypatch, "recover_adapter.py", here / "by-script-checkpoints" / "checkpoint-2", "again")
     printed = capsys.readouterr().out
     assert bytes_of(here / "again") == bytes_of(here / "by-script")
-    assert "vllm serve release-base --enable-lora --max-lora-rank 8 --lora-modules tuned=again" in printed
+    assert f"{command}again" in printed
+    with pytest.raises(SystemExit, match="already exists and is not empty"):
+        run(monkeypatch, "recover_adapter.py", here / "by-script-checkpoints" / "checkpoint-2", "again")
 
     run(monkeypatch, "serve_vllm.py", "again", "--dry-run")
-    command = shlex.split(capsys.readouterr().out.strip())
-    assert command[:3] == ["vllm", "serve", "release-base"]
-    assert "tuned=again" in command
+    words = shlex.split(capsys.readouterr().out.strip())
+    assert words[:3] == ["vllm", "serve", "release-base"]
+    assert "tuned=again" in words
+    with pytest.raises(SystemExit, match="does not fit the original one"):
+        run(monkeypatch, "serve_vllm.py", here / "by-script-checkpoints" / "checkpoint-2", "--dry-run")
 
 
 def test_the_notebook_trains_seals_recovers_and_goes_on_where_it_was(

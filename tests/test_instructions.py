@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import pairwise
@@ -411,7 +412,18 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "ambiguous": ('{"question": "a", "answer": "b"}', "those of no known format"),
     "no list": ('{"messages": "hello"}', "holds 'hello' .str. in the column 'messages', where a list of messages"),
     "role": ('{"messages": [{"role": "robot", "content": "a"}]}', r"messages\[0\] with the role 'robot'"),
-    "parts": ('{"messages": [{"role": "user", "content": ["a"]}]}', r"as the text of messages\[0\]"),
+    "parts": (
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}',
+        r"a list of 1 parts as the content of messages\[0\].* Join the texts",
+    ),
+    "surrogate": (
+        '{"prompt": "a", "completion": "b\\ud83d"}',
+        r"lone surrogate '\\ud83d' in the column 'completion' at",
+    ),
+    "surrogate in a message": (
+        '{"messages": [{"role": "user", "content": "\\udc00"}]}',
+        r"data.jsonl:1 holds the lone surrogate .* in messages\[0\] at character 1,",
+    ),
     "tools": ('{"messages": [{"role": "assistant", "tool_calls": [1]}]}', "tool_calls, which are not read"),
     "unanswered": (
         '{"messages": [{"role": "user", "content": "a"}]}',
@@ -442,15 +454,16 @@ def test_an_empty_cell_of_other_tools_is_named_and_malformed_records_can_be_left
     path = tmp_path / "data.parquet"
     columns = {"prompt": ["a", "b"], "completion": pa.array([math.nan, 1.0])}
     pq.write_table(pa.table(columns), path)
-    mixed = write(tmp_path / "mixed.jsonl", [*pairs(3), {"prompt": 1, "completion": "b"}, {"text": "c"}])
+    cut = {"prompt": "a", "completion": "\ud83d"}
+    mixed = write(tmp_path / "mixed.jsonl", [*pairs(3), {"prompt": 1, "completion": "b"}, {"text": "c"}, cut])
 
     assert "row 1 holds nan, which other tools write for an empty cell, in the column" in refused(path, tokenizer)
     data = read(mixed, tokenizer, bad_records="drop")
 
     (drop,) = data.report.dropped
-    assert (len(data.train), drop.reason, drop.count) == (3, "malformed", 2)
-    assert drop.places == (f"{mixed}:4", f"{mixed}:5")
-    assert "2 × malformed, left out" in data.report.warnings[0]
+    assert (len(data.train), drop.reason, drop.count) == (3, "malformed", 3)
+    assert drop.places == (f"{mixed}:4", f"{mixed}:5", f"{mixed}:6")
+    assert "3 × malformed, left out" in data.report.warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -476,6 +489,9 @@ def test_requests_that_make_no_sense_are_refused(tmp_path: Path, tokenizer: Any)
     same = [DataSource(source=str(path), name="held_out")]
 
     assert "limit 0" in refused(path, tokenizer, limit=0)
+    for name in ("", " ", "a\nb", "a/b", "x" * 65):
+        assert f"has the name {name!r}" in refused(path, tokenizer, name=name)
+    assert len(read(path, tokenizer, name="GSM8K_test v1.0-ä").train) == 4
     assert "subset and split are for datasets on the Hub" in refused(path, tokenizer, split="test")
     assert "format text and style chat" in refused(path, tokenizer, format="text", style="chat")
     assert "max_length is 1" in refused(path, tokenizer, max_length=1)
@@ -539,6 +555,27 @@ def test_the_histogram_counts_every_example_once(tmp_path: Path, tokenizer: Any)
     assert train.lengths.mean == pytest.approx(sum(lengths) / 60)
 
 
+def test_examples_of_which_no_token_is_learned_are_left_out(tmp_path: Path, bare_tokenizer: Any) -> None:
+    chats = write(tmp_path / "chats.jsonl", [chat("a", "b")])
+    bare_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    unanswered = refused(chats, bare_tokenizer)
+    bare_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    lone = [{"prompt": "", "completion": EOS}, {"prompt": "a", "completion": EOS}]
+    texts = [{"text": EOS}, {"text": f"a{EOS}"}]
+
+    read_texts = read(write(tmp_path / "texts.jsonl", texts), bare_tokenizer)
+    read_pairs = read(write(tmp_path / "pairs.jsonl", lone), bare_tokenizer)
+
+    assert "1 × nothing to learn" in unanswered
+    assert (read_texts.train.to_list(), read_pairs.train.to_list()) == (texts[1:], lone[1:])
+    for data in (read_texts, read_pairs):
+        (drop,) = data.report.dropped
+        assert (drop.reason, drop.count) == ("nothing to learn", 1)
+        assert "1 × nothing to learn, left out" in data.report.warnings[0]
+
+
 # --- templates and special tokens
 
 
@@ -571,6 +608,40 @@ def test_a_template_that_refuses_system_messages_drops_them_until_they_are_merge
     assert any("set the source's system to merge" in warning for warning in kept.report.warnings)
     assert rows_of(merged)[1] == {"prompt": [("user", "Be kind.\n\na")], "completion": [("assistant", "b")]}
     assert "System role not supported" in refused(alone, bare_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("error", "expression"),
+    [
+        ("TypeError", "1 + m.content"),
+        ("ValueError", "m.content.index('q')"),
+        ("KeyError", "'{key}'.format()"),
+        ("ZeroDivisionError", "1 / 0"),
+    ],
+)
+def test_a_template_that_fails_over_a_conversation_refuses_it(
+    error: str, expression: str, tmp_path: Path, bare_tokenizer: Any
+) -> None:
+    failing = "{% for m in messages if m.content == 'z' %}{{ EXPRESSION }}{% endfor %}"
+    bare_tokenizer.chat_template = failing.replace("EXPRESSION", expression) + CHATML
+    path = write(tmp_path / "data.jsonl", [chat("a", "b"), chat("z", "b")])
+
+    data = read(path, bare_tokenizer)
+
+    (drop,) = data.report.dropped
+    assert (len(data.train), drop.reason, drop.places) == (1, "refused by the chat template", (f"{path}:2",))
+    assert drop.detail.startswith(f"it fails with {error}: ")
+
+
+def test_a_template_with_an_error_of_syntax_is_blamed_and_not_the_data(tmp_path: Path, bare_tokenizer: Any) -> None:
+    path = write(tmp_path / "data.jsonl", [chat("a", "b")])
+
+    for template, problem in (("{% for m in %}", "Expected"), ("{{ a | nonsense }}", "nonsense")):
+        bare_tokenizer.chat_template = template
+        message = refused(path, bare_tokenizer)
+        assert "is no valid Jinja template" in message
+        assert problem in message
+        assert "data.jsonl" not in message
 
 
 def test_a_template_that_rewrites_questions_once_they_are_answered_is_refused(
@@ -759,6 +830,27 @@ def test_the_same_data_are_stored_once_and_a_failed_run_leaves_nothing(tmp_path:
     (stored,) = first.train.cache_files
     assert again.train.cache_files == [stored]
     assert list(Path(stored["filename"]).parent.glob("*.part")) == []
+
+
+def test_what_is_stored_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: dict[int, int] = {}
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        forced[status.st_ino] = status.st_size
+        assert Path(f"/proc/self/fd/{descriptor}").readlink().suffix == ".part"
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    records = [{"prompt": f"{tmp_path}", "completion": "a"}]  # nobody has stored these
+
+    (stored,) = read(write(tmp_path / "data.jsonl", records), tokenizer).train.cache_files
+
+    status = os.stat(stored["filename"])
+    assert forced == {status.st_ino: status.st_size}
 
 
 def test_the_report_is_json_and_says_how_to_have_the_data_again(tmp_path: Path, tokenizer: Any) -> None:

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from builders import SEVEN, projections, random_factors, save_adapter, tiny_architecture
 from hub_server import HubServer
+from safetensors.numpy import load_file, save_file
 
+from loram_hub.adapter import MARK
 from loram_hub.doctor import examine
 from loram_hub.plan import Plan
 
@@ -60,6 +63,21 @@ def test_what_vllm_cannot_serve_is_said_before_it_starts(tmp_path: Path) -> None
     assert "rank 600" in run(large, "--dry-run").stderr
     assert "--trust-remote-code" in run(option, "--dry-run").stderr
     assert {run(folder, "--dry-run").returncode for folder in (large, option)} == {1}
+
+
+def test_an_adapter_of_a_pruned_model_and_damaged_weights_are_refused(tmp_path: Path) -> None:
+    pruned, damaged, bare = (adapter(tmp_path / name) for name in ("pruned", "damaged", "bare"))
+    weights = load_file(pruned / "adapter_model.safetensors")
+    mark = f"base_model.model.model.layers.0.mlp.up_proj.{MARK}"
+    save_file(weights | {mark: np.zeros(32, np.uint8)}, pruned / "adapter_model.safetensors")
+    (damaged / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
+    (bare / "adapter_model.safetensors").unlink()
+
+    for folder, problem in ((pruned, "loram recover "), (damaged, "is damaged"), (bare, "has no adapter_model")):
+        done = run(folder, "--dry-run")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert problem in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_server_that_does_not_start_ends_the_script_with_its_status(tmp_path: Path) -> None:

@@ -192,11 +192,12 @@ class Collector:
             self._store(kept)
 
     def _judge(self, encoded: Encoded) -> Encoded | Drop:
-        length, limit = len(encoded.ids), self._policy.max_length
+        length, limit, place = len(encoded.ids), self._policy.max_length, encoded.example.place
+        if length <= max(encoded.learned_from, 1):  # the first token of all has nothing to be predicted from
+            return Drop(place=place, reason="nothing to learn", detail=f"{length:,} tokens")
         if length <= limit:
             return encoded
         self._longest = max(self._longest, length)
-        place = encoded.example.place
         if self._policy.for_kind(encoded.example.kind) != "truncate":
             return Drop(place=place, reason="longer than max_length", detail=f"{length:,} tokens")
         if encoded.learned_from >= limit:

@@ -20,6 +20,7 @@ Reason = Literal[
     "changed by the chat template",
     "longer than max_length",
     "prompt fills max_length",
+    "nothing to learn",
     "malformed",
 ]
 """Why something is left out."""

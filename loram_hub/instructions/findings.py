@@ -15,6 +15,7 @@ _ADVICE: Mapping[Reason, str] = {
     "changed by the chat template": "Set the source's style to plain, or use another template.",
     "longer than max_length": "Raise max_length, or set too_long to truncate, which teaches answers without their end.",
     "prompt fills max_length": "Nothing of the answer would be left. Raise max_length.",
+    "nothing to learn": "Not one token follows what is given. Does the chat template write the answer?",
     "malformed": "They are not laid out as their format says.",
 }
 

@@ -69,8 +69,20 @@ class Row:
         if column not in self.values:
             self.refuse_missing(column)
         if isinstance(value, str):
-            return value
+            return self.checked(value, f"the column {column!r}")
         self.refuse(f"holds {_shown(value)} in the column {column!r}, where a text is needed.")
+
+    def checked(self, text: str, name: str) -> str:
+        """Return a text that tokenizers can take: JSON may escape half of a surrogate pair, which is no character."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as err:
+            self.refuse(
+                f"holds the lone surrogate {text[err.start]!r} in {name} at character {err.start + 1:,}, which is no "
+                "character: a text was cut within one, as between two UTF-16 units of an emoji. Mend it, or leave such "
+                "records out (bad_records: drop)."
+            )
+        return text
 
     def refuse(self, problem: str) -> NoReturn:
         """Raise `InvalidRequestError` with the place in front."""
@@ -243,9 +255,14 @@ def _turn(row: Row, name: str, message: object) -> Turn:
         row.refuse(f"has a message {name} with tool_calls, which are not read. Write them out as text.")
     if text is None and _ROLES[role] == "assistant":
         text = ""
+    if isinstance(text, list):
+        row.refuse(
+            f"holds a list of {len(text)} parts as the content of {name}, where a text is needed. Join the texts of "
+            "the parts into one; images and other media cannot be learned from."
+        )
     if not isinstance(text, str):
         row.refuse(f"holds {_shown(text)} as the text of {name}, where a text is needed.")
-    return Turn(role=_ROLES[role], text=text, learned=message.get("weight") != 0)
+    return Turn(role=_ROLES[role], text=row.checked(text, name), learned=message.get("weight") != 0)
 
 
 def _shown(value: object) -> str:

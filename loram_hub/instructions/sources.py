@@ -19,6 +19,7 @@ Turns = Literal["every", "last", "whole"]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """Kinds of files that are read; others in a folder are passed over."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[^@\s]+)?")
+_NAME = re.compile(r"\w[\w .-]{0,63}")
 _COLUMNS = ("prompt_column", "completion_column", "messages_column", "text_column")
 
 
@@ -51,7 +52,7 @@ class DataSource:
     limit: int | None = None
     """Records to take, at least 1: a sample by the seed, in the order of the source; null: all."""
     name: str | None = None
-    """What reports and curves call it; null: made of the source."""
+    """What reports and curves call it: up to 64 letters, digits, spaces and `_.-`; null: made of the source."""
     prompt_column: str = "prompt"
     """Column of the format prompt-completion: a text, or a list of messages."""
     completion_column: str = "completion"
@@ -65,6 +66,11 @@ class DataSource:
         for field in ("source", "split", *_COLUMNS):
             if not getattr(self, field).strip():
                 raise InvalidRequestError(f"A data source ({self.source!r}) has an empty {field}.")
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise InvalidRequestError(
+                f"The data source {self.source!r} has the name {self.name!r:.80}; a name has 1 to 64 letters, digits, "
+                "spaces and _.- and starts with a letter, digit or _."
+            )
         if self.limit is not None and self.limit < 1:
             raise InvalidRequestError(f"{self.label} has limit {self.limit}; 1 record is the least. Leave it out: all.")
         if self.format == "text" and self.style == "chat":

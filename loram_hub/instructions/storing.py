@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from loram_hub.errors import MissingDependencyError
-from loram_hub.files import resource_errors, sha256_of
+from loram_hub.files import fsync_file, resource_errors, sha256_of
 from loram_hub.instructions.examples import Example, Kind
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class ExampleWriter:
             self._close()
             final = self._folder / f"{sha256_of(self._path)}.arrow"
             if not final.exists():
+                fsync_file(self._path)  # or a power cut may leave the name with torn content, which all would use
                 self._path.replace(final)
         return datasets.Dataset.from_file(str(final))
 
@@ -71,6 +72,11 @@ class ExampleWriter:
         if not self._sink.closed:
             self._writer.close()
             self._sink.close()
+
+
+def stored_sha256(dataset: Dataset) -> str:
+    """Return the SHA-256 of the examples that a data set was written with; a selection of its rows has the same."""
+    return Path(dataset.cache_files[0]["filename"]).stem
 
 
 def _schema(kind: Kind) -> Any:  # noqa: ANN401 (pyarrow ships no types)

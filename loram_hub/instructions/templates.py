@@ -11,6 +11,8 @@ from loram_hub.instructions.examples import Messages
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ERRORS_WITHIN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What expressions of a template raise, which Jinja passes on as it is."""
 _PROBE = ("first-question", "first-answer", "second-question")
 
 
@@ -41,14 +43,22 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generation
         generation: open an answer behind it.
 
     Raises:
-        RefusedConversation: the template refuses it.
+        RefusedConversation: the template refuses it, or fails over it.
+        InvalidRequestError: the template is no valid one.
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+    except TemplateSyntaxError as err:
+        raise InvalidRequestError(
+            f"The chat template of the tokenizer {tokenizer.name_or_path!r} is no valid Jinja template: {err.message} "
+            f"(line {err.lineno}). Mend it, or set the source's style to plain."
+        ) from err
     except TemplateError as err:
         raise RefusedConversation(str(err)) from err
+    except _ERRORS_WITHIN as err:
+        raise RefusedConversation(f"it fails with {type(err).__name__}: {err}") from err
 
 
 def render_answered(tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: Messages) -> tuple[str, str]:
