@@ -240,11 +240,18 @@ class _PrunedModel(PreTrainedModel):
         save_directory: str | os.PathLike[str],
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Save as a release: weights and config as transformers does, then mask indexes and manifest."""
+        """Save as a release: weights and config as transformers does, then mask indexes and manifest.
+
+        With an adapter of transformers' own `add_adapter`, that is saved instead, as transformers does.
+        """
         if kwargs.get("push_to_hub"):
             raise InvalidRequestError(
                 "push_to_hub would upload the release before its manifest is written. Save it to a folder first."
             )
+        if getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        _refuse_adapted(self)
         manifest = _manifest_of_saved(self)
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
@@ -268,6 +275,16 @@ def _how_made(made: _MadeToMeasure) -> tuple[Callable[..., Any], tuple[Any, ...]
 
 
 copyreg.pickle(_MadeToMeasure, _how_made)
+
+
+def _refuse_adapted(model: _PrunedModel) -> None:
+    """Refuse to save layers that PEFT wraps: their weights have other names, and no release opens with those."""
+    adapted = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if adapted is not None:
+        raise InvalidRequestError(
+            f"{adapted} is wrapped by a PEFT adapter, so this is no release to save. Save the PeftModel for its "
+            "adapter, or take the adapter off first: release = peft_model.unload()."
+        )
 
 
 def _manifest_of_saved(model: _PrunedModel) -> Manifest:

@@ -246,6 +246,17 @@ def test_pushing_from_save_pretrained_is_refused_and_the_class_is_not_instantiat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_release_with_an_adapter_on_it_is_not_saved_as_a_release(releases: Path, tmp_path: Path) -> None:
+    tuned = get_peft_model(AutoLoramModel.from_pretrained(releases / "llama-bf16"), LoraConfig(r=2))
+
+    with pytest.raises(InvalidRequestError, match=r"q_proj is wrapped by a PEFT adapter.*unload"):
+        tuned.get_base_model().save_pretrained(tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+    tuned.unload().save_pretrained(tmp_path / "out")
+    assert verify(tmp_path / "out")
+
+
 def test_an_adapter_in_the_release_folder_is_refused_instead_of_loaded_along(releases: Path, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
     shutil.copytree(releases / "llama-bf16", mixed)

@@ -6,6 +6,7 @@ What servers make of the mark is shown with a real one in tests/serving.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import pytest
 import torch
 from builders import SEVEN, projections, random_factors, save_adapter, save_base, tiny_architecture, tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch_file
+from safetensors.torch import save_file as save_torch_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from loram_hub.adapter import MARK, check_adapter, looks_pruned
+from loram_hub.adapter import MARK, WEIGHTS, check_adapter, looks_pruned
 from loram_hub.auto import AutoLoramModel
 from loram_hub.doctor import examine
 from loram_hub.errors import InvalidRequestError, PlanMismatchError, UnsupportedAdapterError, VerificationError
@@ -46,11 +50,11 @@ def opened(folders: Path, name: str = "release") -> PreTrainedModel:
     return AutoLoramModel.from_pretrained(folders / name, dtype=torch.float32)
 
 
-def tuned(folders: Path, **changes: Any) -> PeftModel:
-    """Open the release with an adapter of random factors, as after training."""
+def tuned(folders: Path, name: str = "release", **changes: Any) -> PeftModel:
+    """Open a release with an adapter of random factors, as after training."""
     torch.manual_seed(0)
     settings = {"r": 2, "target_modules": list(SEVEN), "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    return get_peft_model(opened(folders), LoraConfig(**(settings | changes)))
+    return get_peft_model(opened(folders, name), LoraConfig(**(settings | changes)))
 
 
 def saved(folders: Path, target: Path, **changes: Any) -> Path:
@@ -63,7 +67,7 @@ def marks(folder: Path) -> list[tuple[str, str]]:
     """Names of the marked layers in an adapter folder, and the plans that they name."""
     tensors = load_file(folder / "adapter_model.safetensors")
     ours = {name: values for name, values in tensors.items() if MARK in name}
-    return [(name.removesuffix(f".{MARK}"), values.tobytes().hex()) for name, values in ours.items()]
+    return [(name.removesuffix(f".loram_mark.{MARK}"), values.tobytes().hex()) for name, values in ours.items()]
 
 
 def without_mark(folder: Path) -> Path:
@@ -101,6 +105,7 @@ def test_each_of_several_adapters_is_marked_on_the_first_layer_that_it_adapts(fo
     assert [layer for layer, _ in marks(tmp_path)] == ["base_model.model.model.layers.0.self_attn.q_proj"]
     assert [layer for layer, _ in marks(tmp_path / "second")] == ["base_model.model.model.layers.1.mlp.down_proj"]
     model.delete_adapter("second")
+    assert not any(MARK in name for name in model.get_base_model().model.layers[1].state_dict())
     assert sum(MARK in name for name in model.state_dict()) == 1
 
 
@@ -156,12 +161,41 @@ def test_transformers_own_adapter_methods_read_and_write_the_mark(folders: Path,
     model = opened(folders)
     model.add_adapter(LoraConfig(r=2, target_modules=list(SEVEN), init_lora_weights=False))
     assert sum(MARK in name for name in model.get_adapter_state_dict()) == 1
-    folder = saved(folders, tmp_path)
+    model.save_pretrained(tmp_path / "own")
+    folder = saved(folders, tmp_path / "pefts")
 
     again = opened(folders)
     again.load_adapter(str(folder))
 
+    assert [path.name for path in (tmp_path / "own").glob("*.safetensors")] == [WEIGHTS]
+    assert marks(tmp_path / "own") == marks(folder)
+    assert recover(tmp_path / "own", tmp_path / "recovered").rank == 2
     assert torch.equal(logits(again), logits(PeftModel.from_pretrained(opened(folders), str(folder))))
+
+
+def test_pefts_hot_swapping_swaps_the_mark_as_well(folders: Path, tmp_path: Path) -> None:
+    for name, scale in (("first", 8), ("second", 16)):
+        saved(folders, tmp_path / name, lora_alpha=scale)
+    saved(folders, tmp_path / "none")
+    without_mark(tmp_path / "none")
+    model = PeftModel.from_pretrained(opened(folders), str(tmp_path / "first"))
+    own = [("base_model.model.model.layers.0.self_attn.q_proj", opened(folders).loram.plan.digest)]
+    tuned(folders, name="other").save_pretrained(str(tmp_path / "foreign"))
+
+    for name in ("foreign", "none", "second"):
+        hotswap_adapter(model, str(tmp_path / name), adapter_name="default")
+        model.save_pretrained(str(tmp_path / "again" / name))
+        assert marks(tmp_path / "again" / name) == (marks(tmp_path / "foreign") if name == "foreign" else own)
+
+    expected = PeftModel.from_pretrained(opened(folders), str(tmp_path / "second"))
+    assert torch.equal(logits(model), logits(expected))
+
+
+def test_pefts_hot_swapping_refuses_an_adapter_that_begins_at_another_layer(folders: Path, tmp_path: Path) -> None:
+    saved(folders, tmp_path / "later", layers_to_transform=[1, 2])
+
+    with pytest.raises(RuntimeError, match=f"unexpected keys found.*{MARK}"):
+        hotswap_adapter(tuned(folders), str(tmp_path / "later"), adapter_name="default")
 
 
 def test_torch_distributed_takes_and_sets_a_state_dict_with_marks(folders: Path) -> None:
@@ -232,6 +266,52 @@ def test_an_adapter_that_moves_to_another_release_keeps_its_mark_and_is_warned_o
     assert marks(tmp_path / "again") == marks(folder)
     with pytest.raises(PlanMismatchError, match="other channel groups"):
         recover(model, tmp_path / "out")
+
+
+def test_a_new_adapter_does_not_get_the_mark_of_a_deleted_one_of_its_name(folders: Path, tmp_path: Path) -> None:
+    tuned(folders, name="other").save_pretrained(str(tmp_path / "foreign"))
+    model = PeftModel.from_pretrained(opened(folders), str(tmp_path / "foreign"))
+    config = LoraConfig(r=2, target_modules=list(SEVEN), task_type="CAUSAL_LM")
+    model.add_adapter("another", config)
+    copy = pickle.loads(pickle.dumps(model))
+
+    model.set_adapter("another")
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.save_pretrained(str(tmp_path / "new"), selected_adapters=["default"])
+    copy.save_pretrained(str(tmp_path / "old"), selected_adapters=["default"])
+
+    assert [plan for _, plan in marks(tmp_path / "new")] == [opened(folders).loram.plan.digest]
+    assert marks(tmp_path / "old") == marks(tmp_path / "foreign")
+    assert recover(tmp_path / "new", tmp_path / "out", release=folders / "release").rank == 2
+
+
+def test_no_mark_is_written_by_pefts_conversion_of_an_olora_adapter_but_its_shapes_tell(
+    folders: Path, tmp_path: Path
+) -> None:
+    model = tuned(folders, init_lora_weights="olora")
+    model.peft_config["default"].init_lora_weights = True  # as PEFT wants it for this step
+    model.save_pretrained(str(tmp_path / "initial"))
+    model.peft_config["default"].init_lora_weights = "olora"
+
+    with pytest.warns(UserWarning, match="OLoRA changes the base weights"):
+        model.save_pretrained(
+            str(tmp_path / "converted"), path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+        )
+
+    assert marks(tmp_path / "initial") != []
+    assert marks(tmp_path / "converted") == []
+    assert examine(tmp_path / "converted", "vllm", base=folders / "base").findings[0].rule == "pruned"
+    assert recover(tmp_path / "converted", tmp_path / "recovered").rank == 4
+
+
+def test_a_mark_that_was_cast_with_the_factors_is_refused_by_its_release(folders: Path, tmp_path: Path) -> None:
+    folder = saved(folders, tmp_path)
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_torch_file(folder / WEIGHTS).items()}
+    save_torch_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    with pytest.raises(VerificationError, match=r"bfloat16 of shape \(32,\); the mark .* 32 bytes"):
+        PeftModel.from_pretrained(opened(folders), str(folder))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from loram_hub.files import read_json, sha256_of
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def check_base(adapter: Path, base: Path, *, commit: str | None) -> None:
+def check_base(
+    adapter: Path, base: Path, *, commit: str | None, name: str | None = None, may_differ: bool = True
+) -> None:
     """Compare a base model with the one that an adapter names, by commit, or by config where one has none.
 
     Weights that moved on since the release was pruned take the adapter without an error and answer worse.
@@ -23,21 +25,25 @@ def check_base(adapter: Path, base: Path, *, commit: str | None) -> None:
         adapter: folder of the adapter.
         base: folder of the base model.
         commit: its commit on the Hub; None for a folder that is not from there.
+        name: what the adapter is called in errors; None for its folder.
+        may_differ: whether the caller has an option to go on all the same, which errors then name.
 
     Raises:
         IncompatibleError: it is another state of the model.
         VerificationError: a file of the adapter is torn or altered.
     """
     named, config_sha256 = _named_base(adapter)
-    remedy = "Load that state of the base; to merge or evaluate in spite of it, give --allow-base-mismatch."
+    called = name or str(adapter)
+    spite = "; to merge or evaluate in spite of it, give --allow-base-mismatch" if may_differ else ""
+    remedy = f"Load that state of the base{spite}."
     if named is not None and commit is not None:
         if named != commit:
             raise IncompatibleError(
-                f"{adapter} was made for commit {named[:12]} of its base; {base} is at {commit[:12]}. {remedy}"
+                f"{called} was made for commit {named[:12]} of its base; {base} is at {commit[:12]}. {remedy}"
             )
     elif config_sha256 is not None and sha256_of(base / "config.json") != config_sha256:
         raise IncompatibleError(
-            f"{adapter} was made for a base whose config.json has the SHA-256 {config_sha256[:12]}...; that of {base} "
+            f"{called} was made for a base whose config.json has the SHA-256 {config_sha256[:12]}...; that of {base} "
             f"differs. {remedy}"
         )
 

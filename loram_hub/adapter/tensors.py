@@ -34,6 +34,9 @@ CODES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F3
 
 MARK = "lora_pruned_adapter_run_loram_recover_first"
 """Last part of the name of the tensor that marks a pruned adapter. Older PEFT saves what has `lora_` in its name."""
+MARK_HOLDER = "loram_mark"
+"""The part before that. PEFT's hotswap_adapter finds the layer by taking three parts off the name: these two, and the
+adapter's own. An adapter should not be called so: PEFT does not save names that have another adapter's in them."""
 
 _MARK_NAME = re.compile(rf"(?:{re.escape(PREFIX)})?.+\.{MARK}")
 _MAX_TENSORS = 100_000
