@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from loram_hub.adapter import check_adapter, read_record
 from loram_hub.auto import AutoLoramModel
-from loram_hub.errors import CheckpointError, IncompatibleError, InvalidRequestError, VerificationError
+from loram_hub.errors import CheckpointError, IncompatibleError, InvalidRequestError, LoramError, VerificationError
 from loram_hub.inspection import verify
 from loram_hub.pruning import prune
 from loram_hub.recovery import recover
@@ -289,8 +290,23 @@ def test_the_end_of_the_range_is_warned_about(
         ({"data": "missing.jsonl"}, InvalidRequestError, "missing.jsonl"),
         ({"base": None}, InvalidRequestError, "--base"),
         ({"dtype": "int8"}, InvalidRequestError, "int8"),
+        ({"device": "foo"}, InvalidRequestError, "'foo'; this machine"),
+        ({"device": "disk"}, InvalidRequestError, "'disk'; this machine"),
+        ({"device": "meta"}, InvalidRequestError, "'meta'; this machine"),
+        ({"device": "cuda:999"}, InvalidRequestError, "'cuda:999'; this machine"),
     ],
-    ids=["one example", "unknown fields", "empty", "no file", "no base", "no such type"],
+    ids=[
+        "one example",
+        "unknown fields",
+        "empty",
+        "no file",
+        "no base",
+        "no such type",
+        "no such device",
+        "disk",
+        "no memory",
+        "no such GPU",
+    ],
 )
 def test_what_cannot_work_is_refused_and_leaves_nothing(
     halved: Path,
@@ -310,8 +326,31 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(
 def test_another_base_is_refused(halved: Path, release: Path, tmp_path: Path) -> None:
     other = save_tokenizer(save_base(tmp_path / "other", tiny_config(layers=4, rms_norm_eps=1e-3)))
 
-    with pytest.raises(IncompatibleError, match="made for a base"):
+    with pytest.raises(IncompatibleError, match="made for a base") as caught:
         scaled(halved, tmp_path / "out", base=other, release=release)
+
+    assert str(caught.value).startswith(f"{halved} was made")
+    assert "--allow-base-mismatch" not in str(caught.value)  # `recover` has no such option
+
+
+@pytest.mark.parametrize("damage", ["no weights", "torn weights", "a tensor too few"])
+def test_a_base_without_all_its_weights_is_refused(
+    halved: Path, base: Path, release: Path, tmp_path: Path, damage: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    weights = broken / "model.safetensors"
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "torn weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        tensors = load_file(weights)
+        del tensors["model.norm.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+    with pytest.raises(LoramError, match="broken"):
+        scaled(halved, tmp_path / "out", base=broken, release=release)
 
 
 def test_a_base_without_tokenizer_is_refused(halved: Path, release: Path, tmp_path: Path) -> None:

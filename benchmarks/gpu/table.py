@@ -28,7 +28,7 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 MISSING = "not measured"
 Results = Mapping[tuple[Any, ...], Mapping[str, Any]]
 PEAK_GB, LEAST_GB = 20.0, 14.0
-"""Targets: reserved at micro-batch 4, plain and with memory options."""
+"""Targets: reserved at micro-batch 4, plain and with memory options; 10^9 bytes."""
 STEP_SHARE, LOAD_SHARE = 1 / 3, 1.0
 """Targets: a step in parts of the unpruned one, loading in parts of stock transformers' time."""
 
@@ -67,7 +67,7 @@ def render(lines: Sequence[Mapping[str, Any]]) -> str:
     singles = {line["benchmark"]: line["figures"] for line in lines}
     parts = [
         _where(lines),
-        "**Targets**",
+        "**Targets**: a GB is 10^9 bytes here. `loram estimate --gpu 20GB` means a GPU of 20 * 2^30, 21.47 of these.",
         _table(("target", "found", "met"), targets(steps, singles.get("load"))),
         "**A QLoRAM training step**: 512 tokens, rank 8, gradient checkpointing, paged 8-bit AdamW.",
         _table(

@@ -50,8 +50,8 @@ _memory_options = combined(
 )
 _base_options = combined(
     click.option("--pruning-ratio", type=float, help="Of a base model: as if a release of this ratio were made."),
-    click.option("--keep-first", type=int, default=4, show_default=True, help="Whole layers at the start."),
-    click.option("--keep-last", type=int, default=2, show_default=True, help="Whole layers at the end."),
+    click.option("--keep-first", type=int, help="Whole layers at the start. Default: 4."),
+    click.option("--keep-last", type=int, help="Whole layers at the end. Default: 2."),
     click.option("--round-to", type=int, help="Round kept MLP channels up to a multiple. Off by default."),
     click.option("--16-bit", "sixteen_bit", is_flag=True, help="Of a base model: weights in 16 bit, not in NF4."),
 )
@@ -78,7 +78,7 @@ def estimate(
     as_json: bool,
     **options: Any,  # noqa: ANN401
 ) -> None:
-    """Say whether training on TARGET fits a GPU (exit code 6 if not), and the largest settings that do.
+    """Say whether training on TARGET fits a GPU (exit code 6 if not), and up to which settings it does.
 
     TARGET is a release (Hub id or folder), or a base model (Hub id, folder or config.json) with --pruning-ratio or
     without. Only configs and headers are read; nothing is measured.

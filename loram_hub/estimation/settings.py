@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from loram_hub.architecture import Architecture
-from loram_hub.errors import InvalidRequestError
+from loram_hub.errors import InvalidRequestError, UnsupportedAdapterError
 from loram_hub.estimation.options import MemoryOptions
 
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
@@ -43,7 +43,7 @@ class TrainingShape:
     rank: int = 8
     """Of LoRA."""
     targets: tuple[str, ...] | None = None
-    """Last names of the modules that have LoRA (`q_proj`, `lm_head`); None for every projection of the layers."""
+    """Last names of the modules that have LoRA (`q_proj`, `v_proj`); None for every projection of the layers."""
     dropout: float = 0.05
     """Of LoRA, in [0, 1)."""
     optimizer: Optimizer = "paged_adamw_8bit"
@@ -83,11 +83,16 @@ def chosen_targets(architecture: Architecture, targets: tuple[str, ...] | None) 
 
     Raises:
         InvalidRequestError: one of them is none of the model's.
+        UnsupportedAdapterError: one of them is the lm_head.
     """
-    projections = [weight.module.rpartition(".")[2] for weight in architecture.projections]
+    known = {weight.module.rpartition(".")[2] for weight in architecture.projections}
     if targets is None:
-        return frozenset(projections)
-    known = {*projections, "lm_head"}
+        return frozenset(known)
+    if "lm_head" in targets:
+        raise UnsupportedAdapterError(
+            "targets names the lm_head. TRL computes the loss from its weight directly, so that an adapter on it would "
+            "never be trained, and servers refuse one. Leave it out."
+        )
     unknown = sorted(set(targets) - known)
     if unknown:
         raise InvalidRequestError(

@@ -54,7 +54,7 @@ def standing_memory(
         InvalidRequestError: the memory options do not fit tied embeddings.
     """
     matrices, others = _weights(architecture, layers)
-    factors = _factors(architecture, layers, shape.rank, targets)
+    factors = factor_counts(architecture, layers, shape.rank, targets)
     embedding, head = shape.options.device_bytes(
         vocab_size=architecture.vocab_size,
         hidden_size=architecture.hidden_size,
@@ -86,19 +86,31 @@ def _weights(architecture: Architecture, layers: Sequence[LayerSizes]) -> tuple[
     return matrices, others
 
 
-def _factors(
+def factor_counts(
     architecture: Architecture, layers: Sequence[LayerSizes], rank: int, targets: frozenset[str]
 ) -> Mapping[int, int]:
-    """How many LoRA factors of a number of elements there are."""
+    """Count the LoRA factors of each number of elements.
+
+    Args:
+        architecture: the base model's.
+        layers: sizes of each layer.
+        rank: of LoRA.
+        targets: last names of the modules that have LoRA.
+    """
     found: Counter[int] = Counter()
     for sizes, count in Counter(layers).items():
         for weight in architecture.projections:
             if weight.module.rpartition(".")[2] in targets:
                 for side in architecture.shape(weight, sizes):
                     found[rank * side] += count
-    if "lm_head" in targets:
-        found.update((rank * architecture.hidden_size, rank * architecture.vocab_size))
     return found
+
+
+def moment_borders(optimizer: Optimizer) -> tuple[int, ...]:
+    """Return the numbers of elements from which on a factor's moments take less than those of a smaller one."""
+    if optimizer == "adamw_torch":
+        return ()
+    return (_EIGHT_BIT_LEAST, _PAGED_LEAST) if optimizer == "paged_adamw_8bit" else (_EIGHT_BIT_LEAST,)
 
 
 def _block(nbytes: int) -> int:

@@ -121,6 +121,7 @@ def training_memory(
 
     Raises:
         InvalidRequestError: a target is no module of the model, or the memory options do not fit tied embeddings.
+        UnsupportedAdapterError: a target is the lm_head.
     """
     targets = chosen_targets(architecture, shape.targets)
     standing = standing_memory(architecture, layers, shape, targets, quantized=quantized)

@@ -34,9 +34,10 @@ class Fit:
     breakdown: MemoryBreakdown
     """What the highest moment of a step holds."""
     largest: Largest
-    """Largest sequence, micro-batch and rank that fit, each while the others stay."""
+    """Sequence, micro-batch and rank up to which everything fits, each while the others stay."""
     smallest_ratio: float | None
-    """Smallest pruning ratio of the base that fits, in thousandths; None for a release, and where none fits."""
+    """Pruning ratio of the base from which on every one fits, in thousandths; None for a release, and where even the
+    largest does not fit."""
     advice: tuple[Advice, ...]
     """Changes that save memory, the largest saving first."""
 
@@ -77,8 +78,8 @@ def estimate_memory(
     gpu: str = "20GB",
     shape: TrainingShape | None = None,
     pruning_ratio: float | None = None,
-    keep_first: int = 4,
-    keep_last: int = 2,
+    keep_first: int | None = None,
+    keep_last: int | None = None,
     round_to: int | None = None,
     quantized: bool | None = None,
     revision: str | None = None,
@@ -91,19 +92,20 @@ def estimate_memory(
         gpu: its memory (`20GB`) or name (`rtx4090`).
         shape: how it is trained; None for the defaults of `TrainingShape`.
         pruning_ratio: of a base model, in [0, 1); None for the base model as it is.
-        keep_first: layers at the start that stay whole, where a base model is pruned.
-        keep_last: layers at the end that stay whole.
-        round_to: round kept MLP channels up to a multiple.
+        keep_first: layers at the start that stay whole, where a base model is pruned; None for 4.
+        keep_last: layers at the end that stay whole; None for 2.
+        round_to: round kept MLP channels up to a multiple; None for the paper's exact count.
         quantized: whether a base model is to be NF4; None for yes. A release says it itself.
         revision: of a Hub id.
         token: of the Hub.
 
     Returns:
-        The breakdown, whether it fits, and the largest settings that do.
+        The breakdown, whether it fits, and up to which settings it does.
 
     Raises:
         InvalidRequestError: a setting is out of range, a target is no module of the model, or the memory options do
-            not fit tied embeddings.
+            not fit tied embeddings; a release is given what its plan decides.
+        UnsupportedAdapterError: a target is the lm_head.
         VerificationError: the release was altered, or a weight file is not the one that its manifest lists.
         IncompatibleError: the family is unknown, or plan and weights do not fit.
         AccessError: the Hub refused or could not be reached.
@@ -114,25 +116,17 @@ def estimate_memory(
         True
     """
     memory = gpu_memory(gpu)
-    settings = (
-        None
-        if pruning_ratio is None
-        else PruningSettings(pruning_ratio=pruning_ratio, keep_first=keep_first, keep_last=keep_last, round_to=round_to)
+    asked = {"keep_first": keep_first, "keep_last": keep_last, "round_to": round_to}
+    structure = {name: value for name, value in asked.items() if value is not None}
+    settings = None if pruning_ratio is None else PruningSettings(pruning_ratio=pruning_ratio, **structure)
+    subject = find_subject(
+        target, settings=settings, quantized=quantized, structure=structure, revision=revision, token=token
     )
-    subject = find_subject(target, settings=settings, quantized=quantized, revision=revision, token=token)
     shape = shape or TrainingShape()
     fit = fit_of(subject, shape, memory)
     if subject.kind == "release":
         return fit
-    ratio = smallest_ratio(
-        subject.architecture,
-        shape,
-        memory.nbytes,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        round_to=round_to,
-        quantized=subject.quantized,
-    )
+    ratio = smallest_ratio(subject.architecture, shape, memory.nbytes, quantized=subject.quantized, **structure)
     return replace(fit, smallest_ratio=ratio)
 
 

@@ -49,6 +49,7 @@ def find_subject(
     *,
     settings: PruningSettings | None,
     quantized: bool | None,
+    structure: Mapping[str, int] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Subject:
@@ -58,6 +59,7 @@ def find_subject(
         target: folder or Hub id of a release; config file, folder or Hub id of a base model.
         settings: how a base model would be pruned; None as it is.
         quantized: whether a base model is to be NF4, None for yes; a release says it itself.
+        structure: settings of pruning that were given without a ratio, too; a release refuses them.
         revision: of a Hub id.
         token: of the Hub.
 
@@ -77,10 +79,10 @@ def find_subject(
         if not config.is_file():
             raise CheckpointError(f"{target} has no {CONFIG}: it is neither a release nor a base model.")
         return _base(source, read_json(config), settings, quantized)
-    if settings is not None or quantized is not None:
+    if settings is not None or quantized is not None or structure:
         raise InvalidRequestError(
-            f"{target} is a release: its pruning and its type are decided. Leave out the pruning ratio and the type, "
-            "or give the base model."
+            f"{target} is a release: its pruning and its type are decided. Leave out the pruning ratio, the whole "
+            "layers, the rounding and the type, or give the base model."
         )
     return _release(source, token, is_local=path.is_dir())
 

@@ -64,12 +64,12 @@ def _solutions(fit: Fit) -> Iterator[str]:
         ("rank", fit.largest.rank, ""),
     )
     for what, value, unit in found:
-        words = "none fits" if value is None else f"{value:,} {unit}".rstrip()
-        yield f"  largest {what}, all else as above: {words}"
+        words = "not even 1 fits" if value is None else f"every {what} up to {value:,} {unit}".rstrip() + " fits"
+        yield f"  {what}, all else as above: {words}"
     if fit.subject.kind != "release":
         ratio = fit.smallest_ratio
-        words = "none fits" if ratio is None else f"{ratio:.3f}"
-        yield f"  smallest pruning ratio that fits: {words}"
+        words = "not even the largest fits" if ratio is None else f"every one from {ratio:.3f} on fits"
+        yield f"  pruning ratio: {words}"
 
 
 def gib(nbytes: int) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from huggingface_hub.utils import tqdm
 
 from loram_hub.adapter import (
@@ -41,16 +42,16 @@ from loram_hub.adapter import (
     write_adapter,
 )
 from loram_hub.auto import supported_dtype
+from loram_hub.checkpoint import Checkpoint
 from loram_hub.errors import CheckpointError, IncompatibleError, InvalidRequestError, MissingDependencyError
 from loram_hub.evaluation import EncodedExample, HeldOutLoss, encode_examples, held_out_loss
 from loram_hub.files import atomic_folder, refuse_existing, resource_errors
-from loram_hub.hub import Source, resolve
+from loram_hub.hub import Source, check_base_checkpoint, resolve
 from loram_hub.recovery import RecoveredAdapter, recover
 from loram_hub.rescaling.search import ScaleSearch, lowest
 from loram_hub.texts import Specification, read_examples
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -137,7 +138,7 @@ def recover_scaled(
         release: the release it was trained on, see `recover`.
         base: the original model, folder or Hub id; None for the one that the release names, at its commit.
         search: range and number of scales, size of the set; None for the defaults.
-        device: where the original model runs; None for the CPU, `auto` to spread it over all GPUs.
+        device: where the original model runs, `cuda` say; None for the CPU, `auto` to spread it over all GPUs.
         compute_dtype: what it computes in; None for the best the device has in hardware.
         dtype: type of the written factors, rounded once, after they were multiplied.
         overwrite: replace an existing folder.
@@ -150,7 +151,9 @@ def recover_scaled(
         error of the difference over the examples.
 
     Raises:
-        InvalidRequestError: `out_dir` exists, the data hold fewer than two sequences, or no base can be found.
+        InvalidRequestError: `out_dir` exists, there is no such device, the data hold fewer than two sequences, or no
+            base can be found.
+        CheckpointError: weights or tokenizer of the base are missing or torn.
         IncompatibleError: the base is not the one that the release was pruned from, or gives no finite loss.
         MissingDependencyError: peft is not installed.
         LoramError: see `recover`.
@@ -159,11 +162,16 @@ def recover_scaled(
     refuse_existing(target, overwrite=overwrite)
     if dtype not in DTYPES:
         raise InvalidRequestError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed.")
+    _check_device(device)
     search = search or ScaleSearch()
     with tempfile.TemporaryDirectory(prefix="loram-rescaling-") as scratch:
         whole = Path(scratch) / "recovered"
         recovered = recover(adapter, whole, release=release, dtype="float32", revision=revision, token=token)
-        source = _find_base(base, recovered, whole, token)
+        source = _find_base(base, recovered, token)
+        name = str(adapter) if isinstance(adapter, str | os.PathLike) else "The adapter"
+        check_base(whole, source.folder, commit=source.commit, name=name, may_differ=False)
+        with Checkpoint(source.folder) as checkpoint:
+            check_base_checkpoint(checkpoint, source)
         development = _read_development_set(data, source.folder, search)
         chosen = replace(
             _choose(_open(source.folder, whole, device, compute_dtype), development, search), base_commit=source.commit
@@ -173,19 +181,15 @@ def recover_scaled(
     return ScaledAdapter(adapter=replace(recovered, folder=target, nbytes=nbytes), scale=chosen)
 
 
-def _find_base(
-    base: str | os.PathLike[str] | None, recovered: RecoveredAdapter, folder: Path, token: str | bool | None
-) -> Source:
-    """Fetch the original model, at the commit that the release was pruned from, and check that it is that one."""
+def _find_base(base: str | os.PathLike[str] | None, recovered: RecoveredAdapter, token: str | bool | None) -> Source:
+    """Fetch the original model, at the commit that the release was pruned from."""
     if base is None and recovered.revision is None:
         raise InvalidRequestError(
             f"The release was pruned from a local folder, {recovered.base_id!r}; say where it is with --base."
         )
     wanted = recovered.base_id if base is None else base
     revision = recovered.revision if str(wanted) == recovered.base_id else None
-    source = resolve(wanted, revision=revision, token=token)
-    check_base(folder, source.folder, commit=source.commit)
-    return source
+    return resolve(wanted, revision=revision, token=token)
 
 
 def _read_development_set(data: Specification, base: Path, search: ScaleSearch) -> _DevelopmentSet:
@@ -227,11 +231,20 @@ def _open(base: Path, adapter: Path, device: str | None, dtype: torch.dtype | No
     return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
+def _check_device(device: str | None) -> None:
+    """Check that a model can run there; raises `InvalidRequestError`."""
+    if device is None or device == "auto":
+        return
+    there = ["cpu"]
+    if torch.accelerator.is_available() and (accelerator := torch.accelerator.current_accelerator()) is not None:
+        there += [accelerator.type, *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()))]
+    if device not in there:
+        raise InvalidRequestError(f"device is {device!r:.100}; this machine and its torch have {', '.join(there)}.")
+
+
 def _kind_of_device(device: str | None) -> str:
     if device != "auto":
         return (device or "cpu").partition(":")[0]
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
