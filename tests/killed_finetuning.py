@@ -28,6 +28,8 @@ from tiny_finetuning import save_tiny_release, tiny_trainer
 
 from loram_hub.finetuning.callbacks import RecoverCallback, SealCallback
 from loram_hub.finetuning.checkpoints import SEAL_FILE, latest_checkpoint
+from loram_hub.finetuning.running import finetune
+from loram_hub.finetuning.runs import Resume
 
 _LATE = ("transformers.models.llama.modeling_llama", "transformers.integrations.bitsandbytes", "peft.tuners.lora.bnb")
 _CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"}
@@ -194,6 +196,68 @@ def look_at_changes(folder: Path, release: Path) -> dict[str, Any]:
     return {"states": len(states), "steps": sorted(taken)}
 
 
+def look_at_the_command(folder: Path, release: Path) -> dict[str, Any]:
+    """Kill `finetune` itself before changes of files, also where it replaces an earlier run; run each again."""
+    asked, other = (save_recipe(folder, release, rank=rank) for rank in (2, 3))
+    whole, watched = folder / "whole", folder / "command" / "run"
+    earlier = folder / "earlier"
+    in_child(lambda: finetune(asked, whole))
+    in_child(lambda: finetune(other, earlier))
+    expected, old = adapters_of(whole), adapters_of(earlier)
+    in_child(partial(watch_command, asked, watched, folder / "begun", "auto"))
+    shutil.copytree(earlier, folder / "anew" / "run")
+    in_child(partial(watch_command, asked, folder / "anew" / "run", folder / "replaced", "never"))
+    seen: set[tuple[str, ...]] = set()
+    states = runs = 0
+    for state in [*sorted((folder / "begun").iterdir()), *sorted((folder / "replaced").iterdir())]:
+        states += 1
+        out = state / "run"
+        found = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else None
+        of = expected if found is None or found["recipe"]["lora"]["r"] == 2 else old
+        assert adapters_of(out).items() <= of.items(), state  # no adapter of the one under the name of the other
+        phase = ("replaced" if of is old else "begun", *top_of(out))
+        if phase in seen:
+            continue
+        seen.add(phase)
+        runs += 1
+        in_child(partial(finetune, asked, out, resume="never" if of is old else "auto"))
+        assert adapters_of(out) == expected, state
+    return {"command_states": states, "command_runs": runs}
+
+
+def watch_command(recipe: Path, out: Path, into: Path, resume: Resume) -> None:
+    """Run the command, and keep what a kill before each change would leave."""
+    out.mkdir(parents=True, exist_ok=True)
+    snapshots(out, into)()
+    finetune(recipe, out, resume=resume)
+
+
+def top_of(out: Path) -> list[str]:
+    """Return what tells how far a run has come: its own files, and whether it has checkpoints."""
+    found = {path.name for path in out.iterdir()}
+    return sorted({name for name in found if "lock" not in name} | {"+" for _ in out.glob("checkpoints/checkpoint-*")})
+
+
+def adapters_of(out: Path) -> dict[str, bytes]:
+    """Return the weights of the adapters of a run that are there."""
+    paths = (out / name / "adapter_model.safetensors" for name in ("adapter", "recovered"))
+    return {path.parent.name: path.read_bytes() for path in paths if path.exists()}
+
+
+def save_recipe(folder: Path, release: Path, *, rank: int) -> Path:
+    """Write a recipe of two steps, with a checkpoint of each."""
+    tasks = [{"prompt": f"w{n + 4} w{n + 9}", "completion": f" w{n + 5}"} for n in range(6)]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    values = {
+        "release": str(release), "dtype": "float32", "device": "cpu", "lora": {"r": rank},
+        "data": {"train": [{"source": "tasks.jsonl"}]}, "checkpoints": {"every": 1, "keep": 1, "recover": False},
+        "training": {"steps": 2, "batch_size": 2, "micro_batch": 2, "max_tokens": 16},
+    }  # fmt: skip
+    file = folder / f"rank-{rank}.yaml"
+    file.write_text(json.dumps(values))  # YAML takes JSON
+    return file
+
+
 def kill_one_of_two(folder: Path, release: Path) -> dict[str, Any]:
     """Kill one of two ranks halfway: the other ends too, and both resume."""
     out = folder / "one-killed"
@@ -214,6 +278,7 @@ def main(folder: Path, kills: int) -> None:
     release = folder / "release"
     in_child(lambda: save_tiny_release(release))
     saw = kill_at_random(folder, release, kills) | look_at_changes(folder, release) | kill_one_of_two(folder, release)
+    saw |= look_at_the_command(folder, release)
     sys.stdout.write(json.dumps(saw) + "\n")
 
 

@@ -38,7 +38,10 @@ def test_a_run_that_is_killed_at_any_instant_ends_with_the_adapter_of_an_undistu
     assert saw["steps"] == [2, 4, 6, 7]  # each checkpoint was the newest whole one at some instant
     assert saw["two_ranks"] == [1, -9]
     assert saw["two_resumed_from"] in (2, 4, 6)
+    assert saw["command_states"] > 50
+    assert saw["command_runs"] > 10
     figure(
         f"fine-tuning: {saw['kills']} kills at random instants in {saw['runs']} runs and a look at {saw['states']} "
-        "states between changes of files, 0 torn checkpoints taken, all runs ended with the undisturbed run's bytes"
+        "states between changes of files, 0 torn checkpoints taken, all runs ended with the undisturbed run's bytes; "
+        f"the command, killed before {saw['command_states']} changes, run again from {saw['command_runs']} of these"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -23,10 +24,13 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from base_configs import BASES
 from builders import save_base, save_metadata_release, save_tokenizer, tiny_config
 from click.testing import CliRunner
+from hub_client import python
+from hub_server import HubServer
 from peft import PeftModel
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 import loram_hub.cli.finetuning  # noqa: F401 (adds its command)
 from loram_hub import AutoLoramModel, push_adapter, verify
@@ -191,6 +195,205 @@ def test_never_resuming_starts_anew(folder: Path, finished: FinetuneResult, tmp_
 
     assert (other.rank, other.resumed_from) == (4, None)
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-6").is_dir()
+
+
+def test_starting_anew_leaves_nothing_of_the_earlier_run(
+    folder: Path, finished: FinetuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished.folder, tmp_path / "run")
+    before = {path.name for path in (tmp_path / "run").iterdir()}
+    monkeypatch.setattr(running, "open_model", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe(folder, lora={"r": 4}), tmp_path / "run", resume="never")
+
+    assert before > {"adapter", "recovered", "checkpoints", "finetune.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", "run.json", "starts.json"}
+
+    shutil.copytree(finished.folder, tmp_path / "stuck")
+    monkeypatch.setattr(shutil, "rmtree", refuse_to_delete)
+    with pytest.raises(ResourceError, match="Operation not permitted"):
+        finetune(recipe(folder, lora={"r": 4}), tmp_path / "stuck", resume="never")
+    assert json.loads((tmp_path / "stuck" / "run.json").read_text())["recipe"]["lora"]["r"] == 8
+
+
+def interrupt(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+def refuse_to_delete(path: Path, ignore_errors: bool = False) -> None:
+    if not ignore_errors:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+
+@pytest.mark.parametrize("left", [(".lock",), (".lock", ".run.json.partial")], ids=len)
+def test_a_run_that_was_killed_at_its_first_write_begins_again(
+    folder: Path, tmp_path: Path, left: tuple[str, ...]
+) -> None:
+    (tmp_path / "run").mkdir()
+    for name in left:
+        (tmp_path / "run" / name).write_text('{"rel')
+
+    assert check_finetune(recipe(folder), tmp_path / "run").resumes_from is None
+    (tmp_path / "run" / "notes.txt").touch()
+    with pytest.raises(InvalidRequestError, match="not empty"):
+        check_finetune(recipe(folder), tmp_path / "run")
+
+
+def test_a_finished_run_gives_its_adapter_again_if_that_is_gone(
+    folder: Path, finished: FinetuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, copied = recipe(folder, data={"held_out": 8}), shutil.copytree(finished.folder, tmp_path / "run")
+    shutil.rmtree(copied / "recovered")
+    monkeypatch.setattr(running, "train", None)
+
+    assert contents(finetune(asked, copied).recovered) == contents(finished.recovered)
+
+    weights = copied / "recovered" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (copied / "adapter" / "adapter_model.safetensors").unlink()  # then from its checkpoint
+    again = finetune(asked, copied)
+    assert contents(again.recovered) == contents(finished.recovered)
+    assert contents(again.adapter) == contents(finished.adapter)
+
+
+def test_columns_that_changed_places_are_another_run(folder: Path, finished: FinetuneResult) -> None:
+    tasks = {"source": str(folder / "tasks.jsonl"), "prompt_column": "completion", "completion_column": "prompt"}
+    asked = recipe(folder, data={"train": [{**tasks, "format": "prompt-completion"}], "held_out": 8})
+
+    with pytest.raises(InvalidRequestError, match=r"folder of another run: .*sets"):
+        finetune(asked, finished.folder)
+
+
+@pytest.mark.parametrize("largest_file", [16384, 65536], ids=["safetensors", "torch"])
+def test_a_disk_that_fills_up_in_training_is_told_and_the_run_goes_on(
+    folder: Path, finished: FinetuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest_file: int
+) -> None:
+    asked, limits = recipe(folder, data={"held_out": 8}), resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = SFTTrainer._save_checkpoint
+
+    def save_on_full_disk(self: SFTTrainer, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limits[1]))
+        save(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SFTTrainer, "_save_checkpoint", save_on_full_disk)
+        try:
+            with pytest.raises(ResourceError, match=r"Writing a checkpoint to .* failed: .*goes on from its last"):
+                finetune(asked, tmp_path / "run")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert check_finetune(asked, tmp_path / "run").resumes_from == 2
+    if largest_file == 16384:  # one of them is enough
+        return
+    again = finetune(asked, tmp_path / "run")
+    assert contents(again.recovered) == contents(finished.recovered)
+
+
+def test_another_micro_batch_after_an_interruption_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: FinetuneResult
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(guarding.Progress, "on_step_end", interrupt_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(recipe(folder, training={"steps": 2}, checkpoints={"every": 1}), tmp_path / "run")
+
+    changed = recipe(folder, training={"steps": 2, "micro_batch": 8}, checkpoints={"every": 1})
+    again = finetune(changed, tmp_path / "run")
+
+    assert (again.resumed_from, again.is_exact, finished.is_exact) == (1, False, True)
+    assert finetune(changed, tmp_path / "run") == replace(again, resumed_from=None)
+
+
+def test_a_tokenizer_of_its_own_brings_its_chat_template_along(folder: Path, tmp_path: Path) -> None:
+    named = AutoTokenizer.from_pretrained(folder / "release")
+    named.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    named.save_pretrained(tmp_path / "named")
+    talk = [{"role": "user", "content": "w4 w9"}, {"role": "assistant", "content": "w5 w6"}]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    asked = recipe(
+        folder,
+        data={"train": [{"source": str(tmp_path / "talks.jsonl")}], "tokenizer": str(tmp_path / "named")},
+        training={"steps": 1},
+    )
+
+    done = finetune(asked, tmp_path / "run")
+
+    assert done.chat_template == tmp_path / "run" / "chat_template.jinja"
+    assert done.chat_template.read_text() == named.chat_template
+    assert done.serving_command.endswith(f"--chat-template {done.chat_template}")
+
+
+def test_fewer_examples_than_a_batch_are_told(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = save_recipe(tmp_path, folder, training={"batch_size": 128})
+
+    told = CliRunner().invoke(main, ["finetune", str(file), "--out", str(tmp_path / "run"), "--dry-run"])
+
+    assert "6 of 48 examples, 6.00 times all of them" in told.stdout
+    assert "batch_size is 128 and there are 48 examples" in caplog.text
+
+
+def test_a_dry_run_of_what_does_not_fit_ends_with_6(folder: Path, tmp_path: Path) -> None:
+    file = save_recipe(tmp_path, folder, memory={"gpu": "0.5GB"})
+
+    told = CliRunner().invoke(main, ["finetune", str(file), "--out", str(tmp_path / "run"), "--dry-run"])
+
+    assert ("DOES NOT FIT" in told.stdout, told.exit_code) == (True, 6)
+
+
+def test_what_would_stop_a_push_is_found_before_training_and_a_push_can_be_made_up_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    plain = values(folder, training={"steps": 1})
+    with HubServer(tmp_path / "hub") as hub:
+        saw = python(hub, tmp_path / "home", _PUSHES, json.dumps(plain), tmp_path / "run")
+
+    assert "license" in saw["unknown_licence"]
+    assert "no member of bob" in saw["not_ours"]
+    assert "a licence file travels along" in saw["missing_text"]
+    assert saw["dry_run"] == "alice/adapter"
+    assert saw["trained"] == [None, "alice/adapter", "alice/adapter"]
+    assert saw["pushes"] == 1
+
+
+_PUSHES = """
+from pathlib import Path
+from huggingface_hub import HfApi
+from loram_hub.errors import LoramError
+from loram_hub.finetuning import FinetuneRecipe, check_finetune, finetune, running
+from loram_hub.recipes import section_from
+
+plain, out = json.loads(sys.argv[1]), sys.argv[2]
+
+def asked(**push):
+    return section_from(FinetuneRecipe, plain | ({"push": push} if push else {}))
+
+def why(call, recipe):
+    try:
+        call(recipe, out)
+    except LoramError as err:
+        assert not Path(out, "checkpoints").exists()
+        return str(err)
+
+saw = {"unknown_licence": why(finetune, asked(repo_id="alice/adapter"))}
+assert why(check_finetune, asked(repo_id="alice/adapter")) == saw["unknown_licence"]
+saw["not_ours"] = why(check_finetune, asked(repo_id="bob/adapter", license="unlicense"))
+wanted = asked(repo_id="alice/adapter", license="unlicense")
+saw["missing_text"] = why(finetune, wanted)
+saw["trained"] = [finetune(asked(), out).pushed_to]
+Path(out, "recovered", "LICENSE").write_text("Do what you like with it.")
+saw["dry_run"] = check_finetune(wanted, out).pushes_to
+pushes, push = [], running.push_adapter
+running.push_adapter = lambda *args, **kwargs: pushes.append(1) or push(*args, **kwargs)
+running.train = None
+saw["trained"] += [finetune(wanted, out).pushed_to, finetune(wanted, out).pushed_to]
+assert HfApi().file_exists("alice/adapter", "adapter_model.safetensors")
+print(json.dumps(saw | {"pushes": len(pushes)}))
+"""
 
 
 def test_patience_stops_and_keeps_the_best_adapter(folder: Path, tmp_path: Path) -> None:
@@ -481,7 +684,7 @@ def test_presets_differ_in_what_they_cost_and_not_in_what_is_learnt() -> None:
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
         ({"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}, "accelerate launch starts one process whatever"),
         ({"SLURM_NTASKS": "4"}, "would train alone"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "Fine-tuning knows DDP and FSDP2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "loram-hub trains with torch's own DDP and FSDP2"),
         ({"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "started with 3"),
     ],
 )  # fmt: skip
@@ -510,20 +713,9 @@ def test_accelerate_set_up_for_fsdp_needs_a_recipe_that_says_so(folder: Path) ->
 def test_two_processes_learn_what_one_learns(folder: Path, tmp_path: Path, figure: Callable[[str], None]) -> None:
     changes = {"lora": {"dropout": 0.0}, "training": {"micro_batch": 2}, "device": "cpu"}
     alone = finetune(recipe(folder, **changes), tmp_path / "alone")
-    file = save_recipe(tmp_path, folder, **changes, distributed={"processes": 2})
+    save_recipe(tmp_path, folder, **changes, distributed={"processes": 2})
 
-    launched = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            str(ROOT / "tests" / "finetuning_rank.py"), str(tmp_path),
-            "-q", "finetune", str(file), "--out", str(tmp_path / "run"), "--json",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
-    )  # fmt: skip
+    launched = launch(tmp_path)
 
     assert launched.returncode == 0, launched.stderr
     assert json.loads(launched.stdout)["steps"] == STEPS  # one document: the second process prints none
@@ -534,6 +726,33 @@ def test_two_processes_learn_what_one_learns(folder: Path, tmp_path: Path, figur
     assert difference < 1e-3  # factors are bf16, and gradients are added up in another order
     one, two = (load_file(path / "adapter_model.safetensors") for path in (alone.recovered, tmp_path / "run/recovered"))
     assert all(np.allclose(one[name].astype(np.float32), two[name].astype(np.float32), atol=2e-3) for name in one)
+
+
+def test_an_error_in_two_processes_is_told_once(folder: Path, tmp_path: Path) -> None:
+    save_recipe(tmp_path, folder, device="cpu", distributed={"processes": 2})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")  # found by the first process, when the other has nothing to do
+
+    launched = launch(tmp_path)
+
+    assert launched.returncode != 0
+    assert "has no sha256 of its own" in json.loads(launched.stdout)["error"]["message"]
+    assert "Connection closed by peer" not in launched.stderr
+
+
+def launch(path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            str(ROOT / "tests" / "finetuning_rank.py"), str(path),
+            "-q", "finetune", str(path / "recipe.yaml"), "--out", str(path / "run"), "--json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
+    )  # fmt: skip
 
 
 def logged_losses(run: Path) -> list[float]:

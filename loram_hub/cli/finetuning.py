@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from loram_hub.cli.group import main
-from loram_hub.cli.options import json_option
+from loram_hub.cli.group import EXIT_RESOURCE, main
+from loram_hub.cli.options import AS_JSON, json_option
 from loram_hub.cli.output import print_result, print_table, size_text, suggest
 
 if TYPE_CHECKING:
@@ -31,16 +32,21 @@ def finetune(recipe: Path, out: Path | None, resume: str, token: str | None, dry
     """Train LoRA on a release by RECIPE, and recover the adapter for the original model.
 
     Run again after an interruption, it goes on from its last whole checkpoint. Start it with torchrun or accelerate
-    launch for several GPUs.
+    launch for several GPUs. A dry run ends with exit code 6 if the estimate says that the run does not fit.
     """
     from loram_hub.finetuning import check_finetune
     from loram_hub.finetuning import finetune as finetune_release
 
+    if not _prints():
+        click.get_current_context().find_root().meta[AS_JSON] = False  # its errors go to stderr alone
     folder = Path(recipe.stem) if out is None else out
     if dry_run:
         preview = check_finetune(recipe, folder, resume=resume, token=token)  # type: ignore[arg-type]  # click chose
         if _prints():
             print_result(preview.to_dict(), as_json, lambda: _print_preview(preview))
+        fit = preview.prepared.sizing.fit
+        if fit is not None and not fit.fits:
+            click.get_current_context().exit(EXIT_RESOURCE)
         return
     result = finetune_release(recipe, folder, resume=resume, token=token)  # type: ignore[arg-type]  # click chose
     if _prints():
@@ -57,14 +63,14 @@ def _print_preview(preview: FinetunePreview) -> None:
     materials, schedule, report = prepared.materials, prepared.schedule, prepared.data.report
     for line in report.lines():
         click.echo(line)
-    passes = schedule.steps * schedule.batch_size / report.train.examples
+    passes, batch = schedule.steps / schedule.steps_per_epoch, min(schedule.batch_size, report.train.examples)
     rows = [
         ("release", f"{materials.source.id} @ {materials.source.commit or 'local folder'}"),
         (
             "adapter",
             f"{', '.join(materials.targets)}; {materials.adapter_parameters(prepared.recipe.lora.r):,} numbers",
         ),
-        ("steps", f"{schedule.steps:,} of {schedule.batch_size} examples, {passes:,.2f} times all of them"),
+        ("steps", f"{schedule.steps:,} of {batch} examples, {passes:,.2f} times all of them"),
         (
             "batch",
             f"{schedule.micro_batch} at a time x {schedule.accumulation} x {schedule.processes} process(es) on "
@@ -76,8 +82,10 @@ def _print_preview(preview: FinetunePreview) -> None:
         ("time", "unknown"),
         ("would write", f"{preview.folder}, up to {size_text(prepared.disk_bytes)}"),
     ]
+    if preview.pushes_to is not None:
+        rows.append(("would push to", preview.pushes_to))
     if preview.is_finished:
-        rows.append(("state", "finished; nothing would be done"))
+        rows.append(("state", "trained to its end; nothing would be trained"))
     elif preview.resumes_from is not None:
         rows.append(("state", f"would go on from step {preview.resumes_from:,}"))
     print_table(None, rows)
@@ -100,6 +108,8 @@ def _print_finished(result: FinetuneResult) -> None:
         ("steps", f"{result.steps:,}"),
         *((name, f"{value:.4f}") for name, value in losses if value is not None),
     ]
+    if not result.is_exact:
+        rows.append(("not exact", "parts were trained by other numbers of processes, or with another micro-batch"))
     print_table(None, rows)
-    command, *arguments = result.serving_command.split(" ")
+    command, *arguments = shlex.split(result.serving_command)
     suggest(command, *arguments)

@@ -10,6 +10,7 @@
     callbacks             sealed checkpoints and their recovered adapters, for any Trainer
     checkpoints, resuming, origins   what a killed run goes on from;  which release an adapter is of
     results               what a run leaves
+    publishing            what may stop a push, looked at before training
     running               `finetune` and `check_finetune`, which put all this together
 
 The recipe is free of torch; the rest loads on first use.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from loram_hub.adapter import LM_HEAD_MODULE, linear_modules, module_shape
 from loram_hub.checkpoint import COMPANIONS, CONFIG
 from loram_hub.errors import CheckpointError, InvalidRequestError, UnsupportedAdapterError
-from loram_hub.finetuning.recipe import ALL_PROJECTIONS, FinetuneRecipe
+from loram_hub.finetuning.recipe import ALL_PROJECTIONS, DataSection, FinetuneRecipe
 from loram_hub.hub import METADATA_FILES, Source, find_base, resolve
 from loram_hub.instructions import check_tokenizer
 from loram_hub.release import Release, open_metadata
@@ -33,6 +33,8 @@ class Materials:
     """Modules that get an adapter, by last name or full path, ascending."""
     modules: tuple[str, ...]
     """Full paths of them."""
+    foreign_template: str | None
+    """Chat template of a tokenizer that the recipe named, where it is not the release's."""
 
     @property
     def name(self) -> str:
@@ -67,32 +69,44 @@ def open_materials(recipe: FinetuneRecipe, *, token: str | bool | None = None) -
     if recipe.base is not None:
         find_base(release, recipe.base, token=token)
     modules = _targeted(recipe.lora.targets, release, source.id)
+    own = _open_tokenizer(source)
+    tokenizer = own if recipe.data.tokenizer is None else _named_tokenizer(recipe.data, source, token)
     return Materials(
         source=source,
         release=release,
-        tokenizer=_tokenizer(recipe, source),
+        tokenizer=tokenizer,
         targets=_names(recipe.lora.targets, release),
         modules=modules,
+        foreign_template=None if _template(tokenizer) == _template(own) else _template(tokenizer),
     )
 
 
-def _tokenizer(recipe: FinetuneRecipe, source: Source) -> PreTrainedTokenizerBase:
+def _named_tokenizer(data: DataSection, source: Source, token: str | bool | None) -> PreTrainedTokenizerBase:
+    assert data.tokenizer is not None
+    tokenizer = _open_tokenizer(resolve(data.tokenizer, token=token, files=(CONFIG, *COMPANIONS)))
+    check_tokenizer(tokenizer, source.folder, allow_other=data.allow_other_tokenizer)
+    return tokenizer
+
+
+def _open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not any(source.folder.glob("tokenizer*")):
         raise CheckpointError(
-            f"The release {source.id} has no tokenizer: no file tokenizer* in {source.folder}. Prune the base again "
-            "from a folder that has one."
+            f"{source.id} has no tokenizer: no file tokenizer* in {source.folder}. A release gets its base's: prune it "
+            "again from a folder that has one."
         )
-    named = recipe.data.tokenizer
-    folder = source.folder if named is None else resolve(named, files=(CONFIG, *COMPANIONS)).folder
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
     except (OSError, ValueError) as err:
-        raise CheckpointError(f"{folder} has no tokenizer that transformers can open: {err!s:.300}") from err
-    if named is not None:
-        check_tokenizer(tokenizer, source.folder, allow_other=recipe.data.allow_other_tokenizer)
+        raise CheckpointError(f"{source.folder} has no tokenizer that transformers can open: {err!s:.300}") from err
     return tokenizer
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the template that conversations are written with: where there are several, the one named `default`."""
+    templates: str | dict[str, str] | None = tokenizer.chat_template
+    return templates.get("default") if isinstance(templates, dict) else templates
 
 
 def _names(targets: Sequence[str], release: Release) -> tuple[str, ...]:

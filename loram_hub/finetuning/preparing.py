@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,10 @@ from loram_hub.finetuning.runs import RunFolder
 from loram_hub.finetuning.schedule import Schedule, schedule_of
 from loram_hub.finetuning.sizing import Sizing, size_of
 from loram_hub.instructions import Instructions, read_instructions
+from loram_hub.instructions.storing import stored_sha256
 from loram_hub.manifest import MANIFEST
+
+logger = logging.getLogger(__name__)
 
 _FREE = ("release", "revision", "base", "device", "distributed", "checkpoints", "report_to", "push", "data")
 """Parts of a recipe that do not decide over the numbers of a run, or whose content is known better."""
@@ -47,6 +51,14 @@ class Prepared:
     """What the run writes, at most."""
 
     @property
+    def foreign_template(self) -> str | None:
+        """The chat template that examples were written with, if a server would not find it beside the base model."""
+        kinds = {one.kind for one in self.data.report.sets}
+        if self.recipe.data.tokenizer is None or not kinds & {"chat", "whole-chat"}:
+            return None
+        return self.materials.foreign_template
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides over the numbers of the run, as JSON values."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name not in _FREE}
@@ -59,7 +71,10 @@ class Prepared:
                 {"commit": one.commit, "sha256": one.sha256, "rows": one.rows, "format": one.format}
                 for one in report.records
             ],
-            "sets": [{"name": one.name, "examples": one.examples, "tokens": one.tokens} for one in report.sets],
+            "sets": [
+                {"name": one.name, "examples": one.examples, "tokens": one.tokens, "stored_sha256": stored_sha256(rows)}
+                for one, rows in zip(report.sets, (self.data.train, *self.data.evaluations.values()), strict=True)
+            ],
             "tokenizer_sha256": report.tokenizer_sha256,
             "recipe": recipe,
         }
@@ -97,6 +112,11 @@ def prepare(recipe: FinetuneRecipe, folder: RunFolder, processes: Processes, *, 
         token=token,
     )
     schedule = schedule_of(recipe, examples=len(data.train), micro_batch=sizing.micro_batch, processes=processes.size)
+    if len(data.train) < schedule.batch_size:
+        logger.warning(
+            "training.batch_size is %d and there are %d examples to train on: each step takes these, all of them",
+            schedule.batch_size, len(data.train),
+        )  # fmt: skip
     disk_bytes = _disk_bytes(recipe, materials, schedule)
     _check_disk(folder.folder, disk_bytes)
     return Prepared(

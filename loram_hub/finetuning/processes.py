@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from accelerate import PartialState  # type: ignore[import-untyped]  # has no ty
 from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 
 from loram_hub.alignment.launch import read_launch
-from loram_hub.errors import InvalidRequestError, TrainingError
+from loram_hub.errors import InvalidRequestError, LoramError, TrainingError
 from loram_hub.finetuning.recipe import FinetuneRecipe
 
 logger = logging.getLogger(__name__)
@@ -52,10 +52,19 @@ class Processes:
         return self.device.startswith("cuda")
 
     def from_first(self, action: Callable[[], Result]) -> Result:
-        """Let the first process act, and return to all what it returned; if it raises, its launcher ends the others."""
-        shared = [action() if self.is_first else None]
-        if self.size > 1:
+        """Let the first process act, and return to all what it returned, or raise its error on all."""
+        if self.size == 1:
+            return action()
+        shared: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                shared = [action(), None]
+            except LoramError as err:
+                shared = [None, err]
+        with peer_errors():
             broadcast_object_list(shared, from_process=0)
+        if shared[1] is not None:
+            raise shared[1]
         return cast("Result", shared[0])
 
 

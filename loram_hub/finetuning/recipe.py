@@ -192,6 +192,9 @@ class PushSection:
     """Hub id, `name/adapter`."""
     private: bool | None = None
     """Visibility. Left out: as the repository is."""
+    license: str | None = None
+    """The Hub's identifier of the original model's licence, such as `llama3.1`. Left out: what its card, licence text
+    or name tells; a model of which nothing does needs it."""
 
     def __post_init__(self) -> None:
         """Check the id; raises `InvalidRequestError`."""

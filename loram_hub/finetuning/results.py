@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,8 +16,9 @@ from typing import Any
 from loram_hub.adapter import CONFIG, RECORD, WEIGHTS, max_lora_rank
 from loram_hub.doctor.commands import serving_command
 from loram_hub.errors import CheckpointError, TrainingError
-from loram_hub.files import atomic_folder, resource_errors
+from loram_hub.files import atomic_folder, resource_errors, sha256_of
 from loram_hub.finetuning.checkpoints import SealedCheckpoint, checkpoint_folder, latest_checkpoint, open_checkpoint
+from loram_hub.finetuning.runs import CHAT_TEMPLATE
 from loram_hub.recovery import RecoveredAdapter
 
 RECORD_FORMAT = 1
@@ -44,13 +46,19 @@ class FinetuneResult:
     steps: int
     """Optimizer steps after which it was taken."""
     training_loss: float | None
-    """Mean training loss around that step, nats per token that counts; None if it was not logged."""
+    """Training loss of that step, nats per token that counts; None if it was not logged."""
     evaluation_losses: Mapping[str, float]
     """Loss of each evaluation set at that step, or the last before."""
     resumed_from: int | None
     """Step of the checkpoint that this process went on from; None if it began, or had nothing left to do."""
     pushed_to: str | None
     """Hub id; None if it was not pushed."""
+    is_exact: bool
+    """Whether all of it was trained by as many processes and with one micro-batch. If not, it is a result, but not the
+    one of an undisturbed run."""
+    chat_template: Path | None
+    """What a server has to be given, since the data were written with the chat template of another tokenizer than the
+    release's; None if the original model's own does."""
 
     @property
     def max_lora_rank(self) -> int:
@@ -60,7 +68,7 @@ class FinetuneResult:
     @property
     def serving_command(self) -> str:
         """The line that serves the original model with the adapter."""
-        return serving_command(
+        line = serving_command(
             "vllm",
             adapter=self.pushed_to or str(self.recovered),
             folder=self.recovered,
@@ -68,10 +76,12 @@ class FinetuneResult:
             revision=self.base_revision,
             rank=self.rank,
         )[0]
+        return line if self.chat_template is None else f"{line} --chat-template {shlex.quote(str(self.chat_template))}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        paths = {name: str(getattr(self, name)) for name in ("folder", "adapter", "recovered")}
+        paths: dict[str, str | None] = {name: str(getattr(self, name)) for name in ("folder", "adapter", "recovered")}
+        paths["chat_template"] = None if self.chat_template is None else str(self.chat_template)
         return asdict(self) | paths | {"serving_command": self.serving_command}
 
 
@@ -101,6 +111,17 @@ def copy_adapter(checkpoint: Path, target: Path) -> None:
                 shutil.copyfile(checkpoint / name, folder / name)
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"{checkpoint} holds no adapter: {WEIGHTS} is missing.")
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of an adapter, by name."""
+    return {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS, RECORD) if (folder / name).is_file()}
+
+
+def is_intact(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether an adapter is, byte for byte, what a run wrote down of it."""
+    known: dict[str, str] = facts["files"]
+    return digests_of(folder) == known
 
 
 def history_of(checkpoint: Path) -> list[dict[str, Any]]:
@@ -151,7 +172,7 @@ def versions() -> dict[str, str]:
 
 def result_of(folder: Path, record: Mapping[str, Any], *, resumed_from: int | None) -> FinetuneResult:
     """Read the result off the record of a run."""
-    adapter = record["adapter"]
+    adapter = record["recovered"]
     return FinetuneResult(
         folder=folder,
         adapter=folder / "adapter",
@@ -164,6 +185,8 @@ def result_of(folder: Path, record: Mapping[str, Any], *, resumed_from: int | No
         evaluation_losses=record["losses"]["evaluations"],
         resumed_from=resumed_from,
         pushed_to=record["pushed_to"],
+        is_exact=len({(start["processes"], start["micro_batch"]) for start in record["starts"]}) <= 1,
+        chat_template=folder / CHAT_TEMPLATE if record["has_chat_template"] else None,
     )
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any
 
 import torch
 
-from loram_hub.errors import InvalidRequestError
-from loram_hub.files import dump_json, read_json
+from loram_hub.files import dump_json
 from loram_hub.finetuning.checkpoints import SealedCheckpoint, latest_checkpoint
 from loram_hub.finetuning.loading import open_model
 from loram_hub.finetuning.preparing import Prepared, prepare
 from loram_hub.finetuning.processes import expected_processes, joined_processes
+from loram_hub.finetuning.publishing import check_push
 from loram_hub.finetuning.recipe import FinetuneRecipe
 from loram_hub.finetuning.results import (
     RECORD_FORMAT,
@@ -27,14 +28,15 @@ from loram_hub.finetuning.results import (
     adapter_facts,
     chosen_checkpoint,
     copy_adapter,
+    digests_of,
     history_of,
+    is_intact,
     losses_at,
     result_of,
     versions,
 )
 from loram_hub.finetuning.runs import Resume, RunFolder
 from loram_hub.finetuning.training import memory_errors, train
-from loram_hub.hub import why_not_writable
 from loram_hub.pushing import push_adapter
 from loram_hub.recipes import read_file
 from loram_hub.recovery import recover
@@ -53,7 +55,9 @@ class FinetunePreview:
     resumes_from: int | None
     """Step of the checkpoint that it would go on from; None if it would begin."""
     is_finished: bool
-    """Whether the run was done before, so that nothing would be."""
+    """Whether the run was trained to its end before."""
+    pushes_to: str | None
+    """Hub id of where the recovered adapter would go; None if nowhere, or if it is there."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -72,6 +76,7 @@ class FinetunePreview:
             "device": prepared.processes.device,
             "resumes_from": self.resumes_from,
             "is_finished": self.is_finished,
+            "pushes_to": self.pushes_to,
         }
 
 
@@ -124,7 +129,9 @@ def check_finetune(
     resume: Resume = "auto",
     token: str | bool | None = None,
 ) -> FinetunePreview:
-    """Say what `finetune` would do and what it would need; nothing is written, and no weights are fetched.
+    """Say what `finetune` would do and what it would need; nothing is written to `out_dir`, and no weights are fetched.
+
+    The data are read in full, and stay in the cache of `datasets`, where the run finds them.
 
     Arguments and errors are those of `finetune`.
 
@@ -136,12 +143,32 @@ def check_finetune(
     folder.check(prepared.identity, resume=resume)
     goes_on = resume == "auto"
     latest = latest_checkpoint(folder.checkpoints) if goes_on else None
+    record = folder.finished() if goes_on else None
+    _check_push(prepared, folder, record, token)
     return FinetunePreview(
         folder=folder.folder,
         prepared=prepared,
         resumes_from=None if latest is None else latest.step,
-        is_finished=goes_on and folder.is_finished,
+        is_finished=record is not None and is_intact(folder.adapter, record["adapter"]),
+        pushes_to=_pushes_to(prepared, record),
     )
+
+
+def _check_push(
+    prepared: Prepared, folder: RunFolder, record: Mapping[str, Any] | None, token: str | bool | None
+) -> None:
+    """Look for what would stop the push of a run, if there is one to come."""
+    push = prepared.recipe.push
+    if push is not None and _pushes_to(prepared, record) is not None:
+        is_there = record is not None and is_intact(folder.recovered, record["recovered"])
+        check_push(push, prepared.materials, folder.recovered if is_there else None, token=token)
+
+
+def _pushes_to(prepared: Prepared, record: Mapping[str, Any] | None) -> str | None:
+    """Return where a run has yet to push its adapter; None if nowhere."""
+    push = prepared.recipe.push
+    done = None if record is None else record["pushed_to"]
+    return None if push is None or push.repo_id == done else push.repo_id
 
 
 def _opened(
@@ -159,36 +186,46 @@ class _Run:
         self._processes = prepared.processes
 
     def do(self) -> FinetuneResult:
-        """Train what is left to train, then write what the run gives."""
-        begun = self._processes.from_first(self._begin)
-        if begun == "finished":
-            logger.info("%s is finished", self._folder.folder)
-            return result_of(self._folder.folder, read_json(self._folder.record), resumed_from=None)
-        start = latest_checkpoint(self._folder.checkpoints)
-        seconds = 0.0
-        if start is None or not start.has_stopped:
-            seconds = self._train(start)
-        record = self._processes.from_first(lambda: self._finish(seconds))
-        resumed = None if start is None else start.step
+        """Train what is left to train, then write what the run gives, then push it."""
+        record = self._processes.from_first(self._begin)
+        resumed = None
+        if record is None:
+            start = latest_checkpoint(self._folder.checkpoints)
+            seconds = 0.0
+            if start is None or not start.has_stopped:
+                seconds = self._train(start)
+            record = self._processes.from_first(lambda: self._finish(seconds))
+            resumed = None if start is None else start.step
+        finished = record
+        record = self._processes.from_first(lambda: self._push(finished))
         return result_of(self._folder.folder, record, resumed_from=resumed)
 
-    def _begin(self) -> str:
-        recipe = self._prepared.recipe
-        identity = self._prepared.identity
-        self._folder.check(identity, resume=self._resume)
-        if self._resume == "auto" and self._folder.is_finished:
-            return "finished"
-        if recipe.push is not None:
-            refusal = why_not_writable(recipe.push.repo_id, token=self._token)
-            if refusal is not None:
-                raise InvalidRequestError(f"push.repo_id {recipe.push.repo_id} cannot be written to: {refusal}.")
-        self._folder.begin(identity, resume=self._resume)
-        return "begun"
+    def _begin(self) -> dict[str, Any] | None:
+        """Check and mark the folder; return the record of a run that is finished already."""
+        folder, identity = self._folder, self._prepared.identity
+        folder.check(identity, resume=self._resume)
+        record = folder.finished() if self._resume == "auto" else None
+        _check_push(self._prepared, folder, record, self._token)
+        folder.begin(identity, resume=self._resume)
+        if record is None or not is_intact(folder.adapter, record["adapter"]):
+            return None
+        logger.info("%s is finished", folder.folder)
+        return record if is_intact(folder.recovered, record["recovered"]) else self._recover_again(record)
+
+    def _recover_again(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Make the recovered adapter of a finished run anew, which is gone or was altered."""
+        logger.warning("%s is not what the run wrote; recovering it anew", self._folder.recovered)
+        record = {**record, **self._recovered()}
+        self._folder.finish(record)
+        return record
 
     def _train(self, start: SealedCheckpoint | None) -> float:
-        prepared = self._prepared
+        prepared, schedule = self._prepared, self._prepared.schedule
+        step = 0 if start is None else start.step
         if start is not None:
-            logger.info("Going on from step %d of %d", start.step, prepared.schedule.steps)
+            logger.info("Going on from step %d of %d", step, schedule.steps)
+        layout = {"processes": schedule.processes, "micro_batch": schedule.micro_batch}
+        self._processes.from_first(lambda: self._folder.note_start(step, layout))
         began = time.monotonic()
         with memory_errors(prepared.sizing.explain):
             model = open_model(prepared.recipe, prepared.materials, self._processes, token=self._token)
@@ -197,7 +234,7 @@ class _Run:
                 prepared.data,
                 recipe=prepared.recipe,
                 materials=prepared.materials,
-                schedule=prepared.schedule,
+                schedule=schedule,
                 processes=self._processes,
                 folder=self._folder.checkpoints,
                 resume_from=start,
@@ -213,27 +250,42 @@ class _Run:
         last = latest_checkpoint(folder.checkpoints)
         assert last is not None
         copy_adapter(chosen.folder, folder.adapter)
-        recovered = recover(
-            folder.adapter, folder.recovered, release=self._prepared.materials.release.folder, overwrite=True
-        )
-        pushed_to = None
-        if recipe.push is not None:
-            push_adapter(folder.recovered, recipe.push.repo_id, private=recipe.push.private, token=self._token)
-            pushed_to = recipe.push.repo_id
+        template = self._prepared.foreign_template
+        if template is not None:
+            folder.write_template(template)
         history = history_of(last.folder)
         training, evaluations = losses_at(history, chosen.step)
         record = {
             **self._facts(),
+            **self._recovered(),
+            "adapter": {"files": digests_of(folder.adapter)},
             "steps": chosen.step,
             "last_step": last.step,
+            "starts": folder.known_starts(),
             "losses": {"training": training, "evaluations": evaluations},
             "history": history,
-            "adapter": adapter_facts(recovered),
-            "pushed_to": pushed_to,
+            "has_chat_template": template is not None,
+            "pushed_to": None,
             "seconds": seconds,
             "peak_device_bytes": torch.cuda.max_memory_allocated() if self._processes.on_cuda else None,
         }
         folder.finish(record)
+        return record
+
+    def _recovered(self) -> dict[str, Any]:
+        """Recover the adapter for the original model, and say what it is."""
+        folder, release = self._folder, self._prepared.materials.release.folder
+        recovered = recover(folder.adapter, folder.recovered, release=release, overwrite=True)
+        return {"recovered": {**adapter_facts(recovered), "files": digests_of(folder.recovered)}}
+
+    def _push(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Push the recovered adapter if that was asked for and not done, and write that down."""
+        push, repo_id = self._prepared.recipe.push, _pushes_to(self._prepared, record)
+        if push is None or repo_id is None:
+            return record
+        push_adapter(self._folder.recovered, repo_id, private=push.private, license=push.license, token=self._token)
+        record = {**record, "pushed_to": repo_id}
+        self._folder.finish(record)
         return record
 
     def _facts(self) -> dict[str, Any]:

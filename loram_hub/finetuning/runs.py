@@ -7,7 +7,10 @@ out/
   adapter/          the adapter as it was trained, in pruned shapes: no server may have it
   recovered/        the adapter for the original model
   finetune.json     the record of the run, written last
+  starts.json       with how many processes and which micro-batch each part was trained
+  chat_template.jinja   of the tokenizer that the recipe named, where servers would not know it
   .lock             held while a run is at work
+  .*.partial, .*.removed   being written or deleted, or left by a kill
 ```
 
 The first process alone writes here, but for the Trainer's own part of a checkpoint.
@@ -32,7 +35,10 @@ Resume = Literal["auto", "never"]
 
 RUN_FILE = "run.json"
 RECORD_FILE = "finetune.json"
+STARTS_FILE = "starts.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 _LOCK = ".lock"
+_PARTIAL = f".{RUN_FILE}.partial"
 
 
 class RunFolder:
@@ -45,6 +51,8 @@ class RunFolder:
         self.adapter = folder / "adapter"
         self.recovered = folder / "recovered"
         self.record = folder / RECORD_FILE
+        self.starts = folder / STARTS_FILE
+        self.template = folder / CHAT_TEMPLATE
 
     def refuse_foreign(self) -> None:
         """Check that the folder is free, or that of a run; nothing is written.
@@ -54,8 +62,8 @@ class RunFolder:
             ResourceError: it cannot be written to.
         """
         is_ours = (self.folder / RUN_FILE).is_file()
-        only_lock = self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {_LOCK}
-        refuse_existing(self.folder, overwrite=is_ours or only_lock)
+        is_begun = self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {_LOCK, _PARTIAL}
+        refuse_existing(self.folder, overwrite=is_ours or is_begun)  # the first file of a run may be all that it left
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -80,10 +88,9 @@ class RunFolder:
         finally:
             lock.release()
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run was done to its end."""
-        return self.record.is_file()
+    def finished(self) -> dict[str, Any] | None:
+        """Return the record of a run that was done to its end; None if it was not."""
+        return read_json(self.record) if self.record.is_file() else None
 
     def check(self, identity: Mapping[str, Any], *, resume: Resume) -> None:
         """Check that the folder is free, or that of the same run.
@@ -95,20 +102,40 @@ class RunFolder:
         if resume not in ("auto", "never"):
             raise InvalidRequestError(f"resume is {resume!r}; 'auto' goes on, 'never' starts anew.")
         self.refuse_foreign()
-        known = self._identity()
-        if known is not None and resume == "auto":
+        known = self._identity() if resume == "auto" else None
+        if known is not None:
             _refuse_other(self.folder, known, identity)
 
     def begin(self, identity: Mapping[str, Any], *, resume: Resume) -> None:
-        """Write down what the run is a run of; with resume 'never', remove what an earlier one has left first."""
+        """Write down what the run is a run of; with resume 'never', remove what an earlier one has left first.
+
+        Until all of that has gone, the folder is that of the earlier run: a kill meanwhile leaves nothing of it that
+        could be taken for the new one's.
+        """
         self.check(identity, resume=resume)
         with resource_errors(f"Writing {self.folder}"):
+            self._clear_removed()
             if resume == "never":
-                self.record.unlink(missing_ok=True)
-                (self.folder / RUN_FILE).unlink(missing_ok=True)
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
-            if not (self.folder / RUN_FILE).exists():
+                self._remove(self.record, self.recovered, self.adapter, self.checkpoints, self.starts, self.template)
                 self._write(self.folder / RUN_FILE, seal(dict(identity)))
+            elif not (self.folder / RUN_FILE).exists():
+                self._write(self.folder / RUN_FILE, seal(dict(identity)))
+
+    def note_start(self, step: int, values: Mapping[str, int]) -> None:
+        """Write down how the run is trained from a step on."""
+        known = [start for start in self.known_starts() if start["step"] < step]
+        with resource_errors(f"Writing {self.folder}"):
+            self._write(self.starts, dump_json({"starts": [*known, {"step": step, **values}]}))
+
+    def known_starts(self) -> list[dict[str, int]]:
+        """Return what was noted of all parts of the run, the first step ascending."""
+        found: list[dict[str, int]] = read_json(self.starts)["starts"] if self.starts.is_file() else []
+        return found
+
+    def write_template(self, template: str) -> None:
+        """Write the chat template that a server has to be given."""
+        with resource_errors(f"Writing {self.folder}"):
+            self._write(self.template, template)
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Write the record: from here on, the run is done."""
@@ -121,6 +148,21 @@ class RunFolder:
         fsync_file(aside)
         os.replace(aside, path)
         fsync_folder(path.parent)
+
+    def _remove(self, *paths: Path) -> None:
+        """Delete files and folders, each in one step."""
+        for path in paths:
+            if path.exists():
+                path.rename(path.with_name(f".{path.name}.removed"))
+        fsync_folder(self.folder)
+        self._clear_removed()
+
+    def _clear_removed(self) -> None:
+        for path in [*self.folder.glob(".*.removed")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _identity(self) -> dict[str, Any] | None:
         path = self.folder / RUN_FILE

@@ -28,6 +28,8 @@ class Schedule:
     """Micro-batches of a step on each process."""
     processes: int
     """Processes in all."""
+    steps_per_epoch: int
+    """Steps in which all examples are taken once; the last of them has fewer where they do not come out even."""
     evaluate_every: int | None
     """Steps between evaluations; None without any."""
     save_every: int
@@ -81,10 +83,11 @@ def schedule_of(recipe: FinetuneRecipe, *, examples: int, micro_batch: int, proc
             f"which is no multiple of it. Take {largest_micro_batch(share, micro_batch)}."
         )
     accumulation = share // micro_batch
+    batches = math.ceil(math.ceil(examples / micro_batch) / processes)  # of a process, the last ones filled up
+    steps_per_epoch = math.ceil(batches / accumulation)
     steps = training.steps or STEPS
     if training.epochs is not None:
-        batches = math.ceil(math.ceil(examples / micro_batch) / processes)  # of a process, the last ones filled up
-        steps = math.ceil(training.epochs * math.ceil(batches / accumulation))
+        steps = math.ceil(training.epochs * steps_per_epoch)
     warmup = math.ceil(steps / _WARMUP_SHARE) if training.warmup_steps is None else training.warmup_steps
     if warmup >= steps > 1:
         raise InvalidRequestError(
@@ -103,6 +106,7 @@ def schedule_of(recipe: FinetuneRecipe, *, examples: int, micro_batch: int, proc
         micro_batch=micro_batch,
         accumulation=accumulation,
         processes=processes,
+        steps_per_epoch=steps_per_epoch,
         evaluate_every=every if recipe.evaluation_sets else None,
         save_every=save,
         evaluation_batch=recipe.evaluation.batch_size or micro_batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import warnings
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled
+from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
-from loram_hub.errors import ResourceError
+from loram_hub.errors import LoramError, ResourceError
+from loram_hub.files import DISK_FULL, errno_of
 from loram_hub.finetuning.arguments import lora_config, trainer_arguments
 from loram_hub.finetuning.callbacks import RecoverCallback, SealCallback
 from loram_hub.finetuning.checkpoints import SealedCheckpoint
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# How torch.save says that a file cannot be written: by the place in its own source, without the system's number.
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container")
+_DISK_FAILS = DISK_FULL | {errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 # How CPUs and libraries say that memory ran out; torch's own class is for GPUs.
 _OUT_OF_MEMORY = ("allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 
@@ -75,7 +81,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if trainer.args.fp16:
             _lift_factors_(cast("torch.nn.Module", trainer.model))
-        with peer_errors():
+        with disk_errors(folder), peer_errors():
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from.folder))
 
 
@@ -93,6 +99,34 @@ def _lift_factors_(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a disk that is full or cannot be written to into a `ResourceError`, in the words of any library.
+
+    Args:
+        folder: that is written to.
+    """
+    try:
+        yield
+    except LoramError:
+        raise
+    except (OSError, SafetensorError) as err:
+        if errno_of(err) not in _DISK_FAILS:
+            raise
+        raise _disk_error(folder, err) from err
+    except RuntimeError as err:
+        if not any(phrase in str(err) for phrase in _TORCH_CANNOT_WRITE):
+            raise
+        raise _disk_error(folder, err) from err
+
+
+def _disk_error(folder: Path, err: Exception) -> ResourceError:
+    return ResourceError(
+        f"Writing a checkpoint to {folder} failed: {err!s:.300} Free some space, or lower checkpoints.keep; the same "
+        "run then goes on from its last checkpoint."
+    )
 
 
 @contextmanager
@@ -116,7 +150,8 @@ def _out_of_memory(err: Exception, explain: Callable[[], str]) -> ResourceError:
     where = "the GPU" if isinstance(err, torch.OutOfMemoryError) or "CU" in str(err)[:40] else "the CPU"
     return ResourceError(
         f"Memory ran out on {where}: {str(err) or type(err).__name__:.200} {explain()} After a change of "
-        "training.micro_batch alone, the same run goes on from its last checkpoint."
+        "training.micro_batch alone, the run goes on from its last checkpoint; with lora.dropout above 0 its result is "
+        "then not that of an undisturbed run."
     )
 
 
