@@ -5,6 +5,8 @@ Makers call 2^30 bytes a GB: a card sold with 24 GB has 24 GiB of memory chips. 
 `nvidia-smi` shows as total. PyTorch sees one or two parts in a hundred less than that, and so `USABLE` of the table's
 memory is what a named card has. A size is taken as it is given. What the CUDA context and kernels take is part of an
 estimate (`Reserves`).
+
+The table is what is commonly reported of these cards, and `USABLE` an assumption: this project has measured neither.
 """
 
 from __future__ import annotations
