@@ -14,25 +14,33 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loram_hub.errors import IncompatibleError, VerificationError
+from loram_hub.errors import IncompatibleError, InvalidRequestError, VerificationError
 from loram_hub.files import read_json, sha256_of
+from loram_hub.masks import parse_pattern
 from loram_hub.plan import NF4_BLOCK
 from loram_hub.seals import check_seal, seal
 
 MANIFEST = "loram.json"
-FORMAT = 1
-"""Version of the release format that this package writes; it reads this one and none newer."""
+STRUCTURED_FORMAT = 1
+"""Version of the release format that structured releases have, which lose channel groups."""
+SPARSE_FORMAT = 2
+"""Version of the release format that sparse releases have, which lose single weights."""
+FORMAT = SPARSE_FORMAT
+"""Newest version of the release format that this package reads."""
 
 NF4_DESCRIPTION: Mapping[str, Any] = {"type": "nf4", "block": NF4_BLOCK, "double_quant": True}
 """What the manifest says of an NF4 release, besides `dtype`."""
 FLOAT_TYPES = ("bfloat16", "float16", "float32")
 """Types that the unquantized weights of an NF4 release may have."""
-METHOD = "structured"
-"""The one way of pruning that format 1 has."""
+STRUCTURED = "structured"
+"""Method of the releases of format 1."""
+SPARSE_METHODS = ("sparsegpt", "wanda", "magnitude")
+"""Methods of the releases of format 2."""
 
 _MAX_COUNT = 10**15
 _MAX_SEED = 2**64
 _MAX_TEXT = 256
+_COUNTS = ("keep_first", "keep_last", "kept_weights")
 _HEX = re.compile(r"[0-9a-f]+")
 _TOOLS = ("loram-hub", "torch", "transformers", "bitsandbytes", "safetensors", "numpy")
 
@@ -74,6 +82,41 @@ class Pruning:
     plan_sha256: str
     """Digest of the kept indices, see `Plan.digest`."""
 
+    @property
+    def label(self) -> str:
+        """What tells releases of one base apart, in a few words."""
+        return f"ratio {self.pruning_ratio:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sparsification:
+    """How the kept weights of a sparse release were chosen."""
+
+    method: str
+    """`sparsegpt`, `wanda` or `magnitude`."""
+    pattern: str
+    """`unstructured`, or `n:m`: n of every m consecutive inputs of an output are kept."""
+    sparsity: float
+    """Share of the projections' weights that was to be removed."""
+    kept_weights: int
+    """Weights of the projections that are kept."""
+    dampening: float | None
+    """Of SparseGPT: share of the Hessian's mean diagonal that is added to it; None for the others."""
+    block_size: int | None
+    """Of SparseGPT: columns that are pruned before the others are updated; None for the others."""
+    seed: int
+    """Seed of the choice of calibration texts."""
+    calibration: Mapping[str, Any] | None
+    """Samples, tokens and digest of the calibration ids; None if none were used."""
+    plan_sha256: str
+    """Digest of the masks, see `Plan.digest`."""
+
+    @property
+    def label(self) -> str:
+        """What tells releases of one base apart, in a few words."""
+        name = {"sparsegpt": "SparseGPT", "wanda": "Wanda"}.get(self.method, self.method)
+        return f"{name} {f'{self.sparsity:.4g}' if self.pattern == 'unstructured' else self.pattern}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileEntry:
@@ -90,9 +133,9 @@ class Manifest:
     """The content of `loram.json`."""
 
     base: BaseModel
-    pruning: Pruning
+    pruning: Pruning | Sparsification
     parameters: int
-    """Parameters of the pruned model."""
+    """Parameters of the pruned model; those of a sparse one that are not removed."""
     alignment: Mapping[str, Any] | None = None
     """Corpora, tokens, steps and losses of continual pre-training; None if the weights are the base's own."""
     quantization: Mapping[str, Any] | None = None
@@ -103,8 +146,17 @@ class Manifest:
     """Versions of the packages involved."""
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     """Every other file of the release by name."""
-    format: int = FORMAT
-    """Version of the release format."""
+    format: int = field(init=False)
+    """Version of the release format, which follows from the way of pruning."""
+
+    def __post_init__(self) -> None:
+        """Set the format."""
+        object.__setattr__(self, "format", SPARSE_FORMAT if self.is_sparse else STRUCTURED_FORMAT)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether single weights were removed, and no shape has changed."""
+        return isinstance(self.pruning, Sparsification)
 
     def to_json(self) -> str:
         """Serialize to the text of `loram.json`, with the hash of itself."""
@@ -129,14 +181,13 @@ def read_manifest(folder: Path) -> Manifest:
     tools = _mapping(values, "tools", source)
     manifest = Manifest(
         base=_record(BaseModel, _mapping(values, "base", source), source),
-        pruning=_record(Pruning, _mapping(values, "pruning", source), source),
+        pruning=_read_pruning(_mapping(values, "pruning", source), version, source),
         parameters=_typed(values, "parameters", int, source),
         alignment=_optional_mapping(values, "alignment", source),
         quantization=_optional_mapping(values, "quantization", source),
         recipe=_mapping(values, "recipe", source),
         tools={name: _typed(tools, name, str, source) for name in tools},
         files={name: _record(FileEntry, _mapping(files, name, source), source) for name in files},
-        format=version,
     )
     _check_values(manifest, source)
     return manifest
@@ -160,8 +211,41 @@ def _known_version(folder: Path, values: Mapping[str, Any]) -> int:
     return version
 
 
+def _read_pruning(values: Mapping[str, Any], version: int, source: str) -> Pruning | Sparsification:
+    methods = (STRUCTURED,) if version == STRUCTURED_FORMAT else SPARSE_METHODS
+    if "method" in values and values["method"] not in methods:
+        raise VerificationError(
+            f"{source} has pruning.method {values['method']!r:.100}; format {version} has {' or '.join(methods)}."
+        )
+    if version == STRUCTURED_FORMAT:
+        return _record(Pruning, values, source)
+    found = _record(Sparsification, values, source)
+    _check_sparsification(found, source)
+    return found
+
+
+def _check_sparsification(pruning: Sparsification, source: str) -> None:
+    try:
+        pattern = parse_pattern(pruning.pattern)
+    except InvalidRequestError as err:
+        raise VerificationError(f"{source} has pruning.pattern {pruning.pattern!r:.100}: {err}") from err
+    if not 0 < pruning.sparsity < 1:  # also refuses NaN
+        raise VerificationError(f"{source} has pruning.sparsity {pruning.sparsity}; a share between 0 and 1 is needed.")
+    if pattern.sparsity is not None and pruning.sparsity != pattern.sparsity:
+        raise VerificationError(
+            f"{source} has pruning.sparsity {pruning.sparsity}, which is not that of {pruning.pattern}."
+        )
+    is_sparsegpt = pruning.method == "sparsegpt"
+    for name in ("dampening", "block_size"):
+        value = getattr(pruning, name)
+        if (value is not None) != is_sparsegpt or (is_sparsegpt and not 0 < value < _MAX_COUNT):
+            raise VerificationError(
+                f"{source} has pruning.{name} {value!r:.100}; a positive number is needed with sparsegpt, none else."
+            )
+
+
 def _check_values(manifest: Manifest, source: str) -> None:
-    """Check what a type alone does not say: hashes, counts, names, and the choices that format 1 has."""
+    """Check what a type alone does not say: hashes, counts, names, and the choices that the format has."""
     base, pruning, quantization = manifest.base, manifest.pruning, manifest.quantization
     _check_hash("base.config_sha256", base.config_sha256, 64, source)
     _check_hash("pruning.plan_sha256", pruning.plan_sha256, 64, source)
@@ -173,13 +257,10 @@ def _check_values(manifest: Manifest, source: str) -> None:
     for what, count in (
         ("parameters", manifest.parameters),
         ("base.parameters", base.parameters),
-        ("pruning.keep_first", pruning.keep_first),
-        ("pruning.keep_last", pruning.keep_last),
+        *((f"pruning.{name}", getattr(pruning, name)) for name in _COUNTS if hasattr(pruning, name)),
     ):
         _check_count(what, count, source)
     _check_count("pruning.seed", pruning.seed, source, most=_MAX_SEED)
-    if pruning.method != METHOD:
-        raise VerificationError(f"{source} has pruning.method {pruning.method!r:.100}; format 1 has {METHOD!r} alone.")
     if quantization is not None and (
         set(quantization) != {*NF4_DESCRIPTION, "dtype"}
         or any(type(quantization[key]) is not type(value) for key, value in NF4_DESCRIPTION.items())
@@ -187,10 +268,13 @@ def _check_values(manifest: Manifest, source: str) -> None:
         or quantization["dtype"] not in FLOAT_TYPES
     ):
         raise VerificationError(
-            f"{source} has quantization {dict(quantization)!r:.200}; format 1 has {dict(NF4_DESCRIPTION)!r} and "
+            f"{source} has quantization {dict(quantization)!r:.200}; releases have {dict(NF4_DESCRIPTION)!r} and "
             f"a dtype of {', '.join(FLOAT_TYPES)}."
         )
-    for what, text in (("base.id", base.id), ("pruning.importance", pruning.importance)):
+    texts = [("base.id", base.id)]
+    if isinstance(pruning, Pruning):
+        texts.append(("pruning.importance", pruning.importance))
+    for what, text in texts:
         if not 0 < len(text) <= _MAX_TEXT or not text.isprintable():
             raise VerificationError(
                 f"{source} has {what} {text!r:.100}; 1 to {_MAX_TEXT} printable characters are needed."
@@ -241,6 +325,7 @@ _FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
     "int": (int,),
     "int | None": (int, type(None)),
     "float": (float, int),
+    "float | None": (float, int, type(None)),
     "Mapping[str, Any] | None": (dict, type(None)),
 }
 

@@ -72,15 +72,24 @@ class PruningSettings:
 class Plan:
     """Kept channel groups of every pruned layer.
 
-    Built by `plan_from_scores` or read from a release; either way it has passed `__post_init__`.
+    Built by `plan_from_scores` or read from a release; either way it has passed `__post_init__`. That of a sparse
+    release keeps all groups and names the file with its masks, which may be gigabytes, by its hash.
     """
 
     architecture: Architecture
     kept: Mapping[int, Mapping[Space, Indices]]
     """Per pruned layer: kept `kv_heads` and `channels`, int32, strictly ascending. Layers not listed are whole."""
+    masks_sha256: str | None = None
+    """SHA-256 of `weight_masks.safetensors`, if single weights were removed instead of channel groups; `kept` is empty
+    then, and every shape is the base's."""
 
     def __post_init__(self) -> None:
         """Check order, range and type of every index; raises `PlanMismatchError`."""
+        if self.masks_sha256 is not None and self.kept:
+            raise PlanMismatchError(
+                f"The plan removes single weights and, of {len(self.kept)} layers, channel groups too; it is one or the "
+                "other."
+            )
         for layer, spaces in self.kept.items():
             if not 0 <= layer < self.architecture.num_hidden_layers:
                 raise PlanMismatchError(
@@ -108,8 +117,10 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over layer numbers and kept indices: two plans with the same digest keep the same groups."""
+        """SHA-256 over layer numbers and kept indices, or over masks: plans with the same digest keep the same."""
         digest = hashlib.sha256()
+        if self.masks_sha256 is not None:
+            digest.update(f"weight masks;{self.masks_sha256}".encode())
         for layer in sorted(self.kept):
             for space in ("kv_heads", "channels"):
                 indices = self.kept[layer][space]

@@ -16,10 +16,12 @@ from loram_hub.folders import leads_out
 from loram_hub.manifest import (
     FORMAT,
     MANIFEST,
+    STRUCTURED_FORMAT,
     BaseModel,
     FileEntry,
     Manifest,
     Pruning,
+    Sparsification,
     file_entries,
     read_manifest,
     tool_versions,
@@ -47,6 +49,21 @@ SOUND = Manifest(
     files={"config.json": FileEntry(sha256="f" * 64, size=10)},
 )
 
+SPARSE = replace(
+    SOUND,
+    pruning=Sparsification(
+        method="sparsegpt",
+        pattern="4:8",
+        sparsity=0.5,
+        kept_weights=333,
+        dampening=0.01,
+        block_size=128,
+        seed=0,
+        calibration={"samples": 128, "tokens": 2048},
+        plan_sha256="e" * 64,
+    ),
+)
+
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -64,6 +81,14 @@ def write(folder: Path, manifest: Manifest | dict[str, Any]) -> Path:
     "manifest",
     [
         SOUND,
+        SPARSE,
+        replace(SPARSE, pruning=replace(SPARSE.pruning, pattern="3:7", sparsity=1 - 3 / 7)),
+        replace(
+            SPARSE,
+            pruning=replace(
+                SPARSE.pruning, method="wanda", pattern="unstructured", sparsity=0.55, dampening=None, block_size=None
+            ),
+        ),
         replace(SOUND, alignment=None, quantization=None, recipe={}, tools={}, files={}),
         replace(SOUND, base=replace(SOUND.base, commit=None)),
         replace(SOUND, pruning=replace(SOUND.pruning, calibration=None, round_to=64, pruning_ratio=0)),
@@ -79,7 +104,8 @@ def test_the_text_is_one_for_all_machines() -> None:
     assert text == SOUND.to_json()
     assert list(json.loads(text)) == sorted(json.loads(text))
     assert text.endswith("}\n")
-    assert json.loads(text)["format"] == FORMAT == 1
+    assert json.loads(text)["format"] == STRUCTURED_FORMAT == 1
+    assert json.loads(SPARSE.to_json())["format"] == 2
 
 
 def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
@@ -87,11 +113,11 @@ def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("version", [2, 3, 10**9])
+@pytest.mark.parametrize("version", [3, 4, 10**9])
 def test_a_newer_format_asks_for_an_upgrade_whatever_else_it_holds(tmp_path: Path, version: int) -> None:
     write(tmp_path, {"format": version, "entirely": "new"})
 
-    with pytest.raises(IncompatibleError, match=f"format {version}; this loram-hub reads up to format 1. Upgrade"):
+    with pytest.raises(IncompatibleError, match=f"format {version}; this loram-hub reads up to format {FORMAT}"):
         read_manifest(tmp_path)
 
 
@@ -253,7 +279,7 @@ def test_a_recipe_may_be_nested_but_not_without_end(tmp_path: Path) -> None:
         (lambda values: values["base"].update(id="../other"), "a Hub id or a bare name is needed, no path"),
         (lambda values: values["base"].update(parameters=-1), "base.parameters -1"),
         (lambda values: values.update(parameters=10**20), r"has parameters about 10\^20"),
-        (lambda values: values["pruning"].update(method="other"), "pruning.method 'other'; format 1 has 'structured'"),
+        (lambda values: values["pruning"].update(method="other"), "pruning.method 'other'; format 1 has structured"),
         (lambda values: values["pruning"].update(plan_sha256="E" * 64), "pruning.plan_sha256"),
         (lambda values: values["pruning"].update(keep_last=-2), "pruning.keep_last -2"),
         (lambda values: values["files"]["config.json"].update(sha256="xyz"), r"files\['config.json'\].sha256 'xyz'"),
@@ -296,3 +322,44 @@ def test_a_hub_cache_may_keep_its_blobs_on_another_disk(tmp_path: Path) -> None:
 
     assert not leads_out(snapshot / "config.json", snapshot)
     assert leads_out(snapshot / "other.json", snapshot)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "structured"}, "pruning.method 'structured'; format 2 has sparsegpt or wanda or magnitude"),
+        ({"pattern": "8:4"}, "pruning.pattern '8:4'"),
+        ({"pattern": "4:64"}, "pruning.pattern '4:64'"),
+        ({"pattern": "2:8"}, "pruning.sparsity 0.5, which is not that of 2:8"),
+        ({"sparsity": 0}, "pruning.sparsity 0; a share between 0 and 1"),
+        ({"kept_weights": -1}, "pruning.kept_weights -1"),
+        ({"dampening": None}, "pruning.dampening None"),
+        ({"block_size": 0}, "pruning.block_size 0"),
+        ({"method": "wanda"}, "pruning.dampening 0.01"),
+        ({"importance": "random"}, "unknown fields .'importance'"),
+    ],
+)
+def test_a_sparsification_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    values = json.loads(SPARSE.to_json())
+    values["pruning"] |= change
+
+    with pytest.raises(VerificationError, match=message):
+        read_manifest(write(tmp_path, values))
+
+
+@pytest.mark.parametrize(("manifest", "version"), [(SOUND, 2), (SPARSE, 1)])
+def test_format_and_way_of_pruning_go_together(tmp_path: Path, manifest: Manifest, version: int) -> None:
+    values = json.loads(manifest.to_json()) | {"format": version}
+
+    with pytest.raises(VerificationError, match=f"format {version} has "):
+        read_manifest(write(tmp_path, values))
+
+
+def test_labels_tell_releases_apart() -> None:
+    unstructured = replace(SPARSE.pruning, pattern="unstructured", sparsity=0.55)
+
+    assert [one.label for one in (SOUND.pruning, SPARSE.pruning, unstructured)] == [
+        "ratio 0.65",
+        "SparseGPT 4:8",
+        "SparseGPT 0.55",
+    ]

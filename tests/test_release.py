@@ -488,7 +488,7 @@ def test_a_config_that_does_not_fit_is_refused(
 
 
 def test_a_newer_format_is_refused_before_anything_else_is_looked_at(release: Path) -> None:
-    reseal(release, format=2)
+    reseal(release, format=3)
     (release / CONFIG).write_text("no JSON at all")
 
     with pytest.raises(IncompatibleError, match="Upgrade loram-hub"):

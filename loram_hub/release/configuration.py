@@ -12,7 +12,7 @@ from loram_hub.architecture import Architecture, architecture_of
 from loram_hub.checkpoint import CONFIG
 from loram_hub.errors import IncompatibleError, InvalidRequestError, VerificationError
 from loram_hub.files import dump_json, read_json
-from loram_hub.manifest import FLOAT_TYPES, FORMAT
+from loram_hub.manifest import FLOAT_TYPES, FORMAT, STRUCTURED_FORMAT
 from loram_hub.release.nf4 import bitsandbytes_config
 from loram_hub.release.settings import (
     MODEL_KEYS,
@@ -158,8 +158,10 @@ def check_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | No
         raise IncompatibleError(
             f"{source} is of format {mark['format']}, this loram-hub reads up to {FORMAT}. Upgrade it."
         )
-    if mark["format"] != FORMAT:
-        raise VerificationError(f"{source} is of format {mark['format']}, which never was; {FORMAT} is the first.")
+    if mark["format"] < STRUCTURED_FORMAT:
+        raise VerificationError(
+            f"{source} is of format {mark['format']}, which never was; {STRUCTURED_FORMAT} is the first."
+        )
     found = config.get("quantization_config")
     if quantization is None:
         if found is not None:

@@ -237,7 +237,7 @@ MANIFESTS = (
     ),
     of("bf16", "bottomless nesting", text(MANIFEST, lambda _: '{"a":' * 200_000), 3, "maximum recursion depth"),
     of("bf16", "manifest of 9 MB", text(MANIFEST, lambda t: t + " " * 9_000_000), 3, "at most 8,388,608 are read"),
-    of("bf16", "newer format", manifest(lambda v: v.update(format=2)), 4, "reads up to format 1. Upgrade"),
+    of("bf16", "newer format", manifest(lambda v: v.update(format=3)), 4, "reads up to format 2. Upgrade"),
     of(
         "bf16",
         "format before the first",
