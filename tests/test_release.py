@@ -674,10 +674,10 @@ def test_numbers_are_not_looked_at_again_where_a_hash_is_remembered(release: Pat
 
 def test_a_newer_format_is_named_also_where_it_has_other_files(release: Path) -> None:
     values = json.loads((release / MANIFEST).read_text())
-    (release / MANIFEST).write_text(json.dumps(values | {"format": 2}))
+    (release / MANIFEST).write_text(json.dumps(values | {"format": 3}))
     (release / MASK_INDEX).unlink()
 
-    with pytest.raises(IncompatibleError, match="of format 2; this loram-hub reads up to format 1"):
+    with pytest.raises(IncompatibleError, match="of format 3; this loram-hub reads up to format 2"):
         verify(release)
 
 

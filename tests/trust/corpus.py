@@ -475,7 +475,7 @@ CONFIGS = (
     ),
     of("bf16", "config nested deeply", config(rope_parameters=nested(40)), 3, "config.json nests deeper"),
     of("bf16", "mark missing", config(loram=None), 3, "has the mark loram = None"),
-    of("bf16", "mark of a newer format", config(loram={"format": 2}), 4, "is of format 2, this loram-hub reads"),
+    of("bf16", "mark of a newer format", config(loram={"format": 3}), 4, "is of format 3, this loram-hub reads"),
     of(
         "nf4",
         "another quantization",
