@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loram_hub.inspection import info as info
     from loram_hub.inspection import verify as verify
     from loram_hub.lowmemory import reduce_memory_ as reduce_memory_
+    from loram_hub.masked_lora import mask_lora_ as mask_lora_
     from loram_hub.merging import merge as merge
     from loram_hub.pipeline import publish as publish
     from loram_hub.pruning import prune as prune
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from loram_hub.recovery import recover as recover
     from loram_hub.refitting import refit as refit
     from loram_hub.rescaling import recover_scaled as recover_scaled
+    from loram_hub.sparsification import SparsitySettings as SparsitySettings
+    from loram_hub.sparsification import sparsify as sparsify
     from loram_hub.teaching import teach as teach
 
 _HOME = {
@@ -39,12 +42,14 @@ _HOME = {
     "LoramError": "errors",
     "MemoryOptions": "estimation",
     "RecoverCallback": "finetuning",
+    "SparsitySettings": "sparsification",
     "align": "alignment",
     "count_parameters": "inspection",
     "estimate_memory": "fitting",
     "evaluate": "evaluation",
     "finetune": "finetuning",
     "info": "inspection",
+    "mask_lora_": "masked_lora",
     "merge": "merging",
     "prune": "pruning",
     "publish": "pipeline",
@@ -55,6 +60,7 @@ _HOME = {
     "recover_scaled": "rescaling",
     "reduce_memory_": "lowmemory",
     "refit": "refitting",
+    "sparsify": "sparsification",
     "teach": "teaching",
     "verify": "inspection",
 }
@@ -64,12 +70,14 @@ __all__ = [
     "LoramError",
     "MemoryOptions",
     "RecoverCallback",
+    "SparsitySettings",
     "align",
     "count_parameters",
     "estimate_memory",
     "evaluate",
     "finetune",
     "info",
+    "mask_lora_",
     "merge",
     "prune",
     "publish",
@@ -80,6 +88,7 @@ __all__ = [
     "recover_scaled",
     "reduce_memory_",
     "refit",
+    "sparsify",
     "teach",
     "verify",
 ]

@@ -3,7 +3,7 @@
 A release is a base model whose layers have their own widths. We subclass the stock model, shrink its linear layers to
 the plan after its own constructor ran (on the meta device: no memory), and leave the rest to transformers'
 `from_pretrained`: shards, NF4, `device_map`, low memory. What comes back is a `PreTrainedModel` that PEFT, TRL and
-`generate` take as it is.
+`generate` take as it is. A sparse release has the base's widths, and zeros: nothing is shrunk.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import copyreg
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -28,11 +29,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from loram_hub.adapter.marking import mark_adapters_, name_marks_
 from loram_hub.architecture import LAYER_PREFIX
 from loram_hub.checkpoint import CONFIG, INDEX_FILE, weight_files
-from loram_hub.errors import IncompatibleError, InvalidRequestError
+from loram_hub.errors import IncompatibleError, InvalidRequestError, VerificationError
 from loram_hub.files import dump_json
 from loram_hub.hub import fetch_release
 from loram_hub.manifest import NF4_DESCRIPTION, Manifest
-from loram_hub.release import MASK_INDEX, Release, base_config_of, release_config, seal_release
+from loram_hub.masks import WEIGHT_MASKS
+from loram_hub.release import (
+    MASK_INDEX,
+    NF4_ZERO,
+    Release,
+    base_config_of,
+    release_config,
+    seal_release,
+)
 from loram_hub.shaping import shrink_layer_
 
 logger = logging.getLogger(__name__)
@@ -242,6 +251,9 @@ class _PrunedModel(PreTrainedModel):
     ) -> None:
         """Save as a release: weights and config as transformers does, then mask indexes and manifest.
 
+        A sparse release gets its masks again, and is refused with a `VerificationError` before anything is written if
+        training has filled its zeros: it would be no sparse release any more.
+
         With an adapter of transformers' own `add_adapter`, that is saved instead, as transformers does.
         """
         if kwargs.get("push_to_hub"):
@@ -253,11 +265,22 @@ class _PrunedModel(PreTrainedModel):
             return
         _refuse_adapted(self)
         manifest = _manifest_of_saved(self)
+        if self.loram.is_sparse:
+            _refuse_filled_zeros(self, kwargs.get("state_dict"))
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
             folder = Path(save_directory)
+            if self.loram.is_sparse:
+                _copy_masks(self.loram, folder)
             # Others may write here too, a Trainer its optimizer: they are no part of the release.
-            own = {CONFIG, MASK_INDEX, INDEX_FILE, "generation_config.json", *(f.name for f in weight_files(folder))}
+            own = {
+                CONFIG,
+                MASK_INDEX,
+                WEIGHT_MASKS,
+                INDEX_FILE,
+                "generation_config.json",
+                *(f.name for f in weight_files(folder)),
+            }
             seal_release(folder, manifest=manifest, plan=self.loram.plan, only=own)
 
 
@@ -285,6 +308,43 @@ def _refuse_adapted(model: _PrunedModel) -> None:
             f"{adapted} is wrapped by a PEFT adapter, so this is no release to save. Save the PeftModel for its "
             "adapter, or take the adapter off first: release = peft_model.unload()."
         )
+
+
+def _refuse_filled_zeros(model: _PrunedModel, given: Mapping[str, torch.Tensor] | None) -> None:
+    """Refuse to save a sparse model that has weights where its masks have none.
+
+    Args:
+        model: opened from a sparse release.
+        given: what is to be saved of it instead of its own weights, as a Trainer may have gathered it.
+    """
+    masks = model.loram.weight_masks
+    assert masks is not None
+    weights = dict(model.named_parameters()) if given is None else given
+    for name in masks.names:
+        weight = weights.get(name)
+        if weight is None or weight.is_meta:  # offloaded by accelerate, so never trained; or not of this process
+            continue
+        removed = torch.from_numpy(~masks.read(name)).to(weight.device)
+        if _is_nonzero(weight.detach(), removed.shape)[removed].any():
+            raise VerificationError(
+                f"{name!r} is not zero where the masks of {model.loram.folder} remove its weights: it was trained "
+                f"without them, or quantized in another way than 'loram quantize' does. Save it as a plain model, or "
+                "keep the zeros: 'loram align' does."
+            )
+
+
+def _is_nonzero(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Where a projection is not zero; its NF4 codes lie two in a byte, the first in the high half."""
+    if weight.dtype != torch.uint8:
+        return weight != 0
+    codes = torch.stack([weight.reshape(-1) >> 4, weight.reshape(-1) & 0x0F], dim=1).reshape(-1)
+    return (codes[: shape.numel()] != NF4_ZERO).reshape(shape)
+
+
+def _copy_masks(release: Release, folder: Path) -> None:
+    source, target = release.folder / WEIGHT_MASKS, folder / WEIGHT_MASKS
+    if not (target.exists() and target.samefile(source)):
+        shutil.copyfile(source, target)
 
 
 def _manifest_of_saved(model: _PrunedModel) -> Manifest:

@@ -1,4 +1,4 @@
-"""Hashes of files that are remembered, so that a release is read once in full and not at every load.
+"""Hashes of files and checks that are remembered, so that a release is read once in full and not at every load.
 
 A digest is remembered under the file's identity: device, inode, size, and the times of the last change of content and
 of attributes. The kernel sets the last of these and offers no call to set it back, so a file that is written to, or
@@ -59,6 +59,24 @@ def remembered_sha256(path: Path, *, read: Callable[[Path], str] = sha256_of) ->
     return digest
 
 
+def check_once(content: str, check: Callable[[], None]) -> None:
+    """Run a check, unless it was passed before for the same content.
+
+    Nothing is looked at here that could have changed since: the caller has just checked that the content has the hash.
+
+    Args:
+        content: SHA-256 that names the check and all that it depends on.
+        check: raises if something is wrong; only what passed is remembered.
+    """
+    record = _records() / "checked" / content
+    if record.is_file():
+        return
+    check()
+    with suppress(OSError):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.touch()
+
+
 def git_sha1_of(content: Path | bytes) -> str:
     """Return the id that git gives to a blob: how the Hub names the content of files outside LFS."""
     if isinstance(content, bytes):
@@ -83,7 +101,11 @@ def _identity_of(path: Path) -> _Identity:
 
 def _record_of(path: Path, read: Callable[[Path], str]) -> Path:
     name = hashlib.sha256(read.__name__.encode() + b"\0" + os.fsencode(path)).hexdigest()
-    return Path(constants.HF_HOME) / "loram" / "sha256" / f"{name}.json"
+    return _records() / "sha256" / f"{name}.json"
+
+
+def _records() -> Path:
+    return Path(constants.HF_HOME) / "loram"
 
 
 def _recall(record: Path, identity: _Identity) -> str | None:

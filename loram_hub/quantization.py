@@ -1,12 +1,15 @@
 """NF4 quantization, written in bitsandbytes' own serialization so that transformers loads it as a prequantized model.
 
 Quantized are the projections of the decoder layers; embeddings, lm_head and norms stay in 16 bit (QLoRA, arXiv
-2305.14314, section 3). The bytes are bitsandbytes' own: it quantizes each tensor, we only stream.
+2305.14314, section 3). The bytes are bitsandbytes' own: it quantizes each tensor, we only stream. In a sparse release
+the code at pruned positions is set to that of 0.0 afterwards: what bitsandbytes gives to a block of 64 zeros, where it
+divides by a scale of 0, is its own affair.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +25,17 @@ from loram_hub.errors import InvalidRequestError
 from loram_hub.files import refuse_existing, refuse_overlap
 from loram_hub.hub import fetch_release
 from loram_hub.manifest import NF4_DESCRIPTION, Manifest
+from loram_hub.masks import WEIGHT_MASKS
 from loram_hub.plan import NF4_BLOCK, parameter_counts
-from loram_hub.release import Release, base_config_of, bitsandbytes_config, open_release, release_config, write_release
+from loram_hub.release import (
+    NF4_ZERO,
+    Release,
+    base_config_of,
+    bitsandbytes_config,
+    open_release,
+    release_config,
+    write_release,
+)
 
 
 def sixteen_bit(checkpoint: Checkpoint, architecture: Architecture) -> torch.dtype:
@@ -51,11 +63,34 @@ def as_nf4(manifest: Manifest, base_config: Mapping[str, Any], dtype: torch.dtyp
 
 
 def quantized_tensors(
-    architecture: Architecture, name: str, tensor: torch.Tensor, dtype: torch.dtype
+    architecture: Architecture, name: str, tensor: torch.Tensor, dtype: torch.dtype, mask: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return what an NF4 release stores for a tensor: the NF4 parts of a projection, anything else in `dtype`."""
+    """Return what an NF4 release stores for a tensor: the NF4 parts of a projection, anything else in `dtype`.
+
+    Args:
+        architecture: the base model's.
+        name: full name of the tensor.
+        tensor: its values, zero where `mask` is false.
+        dtype: from `sixteen_bit`.
+        mask: of a projection of a sparse release: bool (out_features, in_features), true where a weight is kept.
+    """
     tensor = tensor.to(dtype)
-    return nf4_tensors(name, tensor) if _is_projection(architecture, name) else {name: tensor}
+    if not _is_projection(architecture, name):
+        return {name: tensor}
+    parts = nf4_tensors(name, tensor)
+    if mask is not None:
+        parts[name] = _with_zero_codes(parts[name], mask.to(parts[name].device))
+    return parts
+
+
+def _with_zero_codes(packed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Set the NF4 codes at pruned positions to that of 0.0; two codes a byte, the first in the high half."""
+    kept = mask.reshape(-1)
+    if kept.numel() % 2:
+        kept = torch.cat([kept, kept.new_ones(1)])  # half a byte that belongs to no weight
+    high, low = kept.reshape(-1, 2).to(torch.uint8).unbind(1)
+    halves = (high * 0xF0 | low * 0x0F).reshape(packed.shape)
+    return packed & halves | ~halves & (NF4_ZERO << 4 | NF4_ZERO)
 
 
 def _is_projection(architecture: Architecture, name: str) -> bool:
@@ -90,6 +125,8 @@ def quantize(
 ) -> Release:
     """Turn an unquantized release (pruned, perhaps aligned) into an NF4 one, tensor by tensor.
 
+    A sparse release keeps its masks, and is exactly 0 where they remove a weight.
+
     Args:
         release: folder or Hub id.
         out_dir: folder to create.
@@ -107,15 +144,19 @@ def quantize(
     """
     out = Path(out_dir).expanduser()
     source = _checked(release, out, overwrite=overwrite, revision=revision, token=token)
+    masks = source.weight_masks
     with Checkpoint(source.folder) as checkpoint:
         dtype = sixteen_bit(checkpoint, source.architecture)
         manifest, config = as_nf4(source.manifest, base_config_of(source.config), dtype)
         with write_release(out, manifest=manifest, plan=source.plan, config=config, overwrite=overwrite) as folder:
             copy_companions(source.folder, folder)
+            if masks is not None:
+                shutil.copyfile(masks.path, folder / WEIGHT_MASKS)
             writer = ShardWriter(folder)
             for name in tqdm(sorted(checkpoint.tensors), desc="Quantizing", unit="tensor"):
                 tensor = checkpoint.read(name).to(device or "cpu")
-                for part, value in quantized_tensors(source.architecture, name, tensor, dtype).items():
+                mask = torch.from_numpy(masks.read(name)) if masks is not None and name in masks else None
+                for part, value in quantized_tensors(source.architecture, name, tensor, dtype, mask).items():
                     writer.add(part, value)
             writer.finish()
     return open_release(out)

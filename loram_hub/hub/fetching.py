@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from loram_hub.checkpoint import COMPANIONS
-from loram_hub.digests import git_sha1_of, remembered_sha256
+from loram_hub.digests import check_once, git_sha1_of, remembered_sha256
 from loram_hub.errors import CheckpointError, LoramError, VerificationError
 from loram_hub.hub.access import access_errors, clean_token, persistently
 from loram_hub.release import Release, verify
@@ -131,18 +131,22 @@ def fetch_release(
         IncompatibleError: its format is newer, or weights and plan do not fit.
         AccessError: the Hub refused or could not be reached.
     """
-    read = partial(remembered_sha256, read=sha256_of_finite) if remember else sha256_of_finite
+    check = (
+        partial(verify, sha256=partial(remembered_sha256, read=sha256_of_finite), once=check_once)
+        if remember
+        else verify
+    )
     fetch = partial(
         resolve, name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
     source = fetch(compare=False)
     if source.commit is None or Path(name).expanduser().is_dir():
-        return source, verify(source.folder, sha256=read)
+        return source, check(source.folder)
     try:
-        return source, verify(source.folder, sha256=read, ignored=lambda name: not is_fetched(name))
+        return source, check(source.folder, ignored=lambda name: not is_fetched(name))
     except LoramError:
         source = fetch(compare=True)
-    return source, verify(source.folder, sha256=read, ignored=lambda name: not is_fetched(name))
+    return source, check(source.folder, ignored=lambda name: not is_fetched(name))
 
 
 def is_fetched(name: str) -> bool:

@@ -127,6 +127,10 @@ class MaskFile:
         """Names of the weights that have a mask, sorted."""
         return tuple(sorted(self._shapes))
 
+    def __contains__(self, name: object) -> bool:
+        """Whether a tensor, by its full name, has a mask."""
+        return name in self._shapes
+
     def shape(self, name: str) -> tuple[int, ...]:
         """(out_features, in_features) of a weight."""
         return self._shapes[name]
@@ -150,7 +154,7 @@ class MaskFile:
             InvalidRequestError: the weight has no mask, or no such rows.
             VerificationError: the bits are none of a mask of this pattern.
         """
-        if name not in self._infos:
+        if name not in self:
             raise InvalidRequestError(f"{self.path} has no mask of {name!r:.200}: it is no projection of the model.")
         rows, columns = self._shapes[name]
         if not 0 <= start < stop <= rows:
@@ -159,8 +163,14 @@ class MaskFile:
         return decode_mask(read_rows(self._infos[name], start, stop), columns, self.pattern, source=mask)
 
     def kept(self, name: str) -> int:
-        """Count the weights that a mask keeps, a few megabytes in memory; raises as `read_rows`."""
+        """Count the weights that a mask keeps, a few megabytes in memory; raises as `read_rows`.
+
+        Of an n:m mask nothing is read: it keeps n of every m by definition, and whoever reads its rows checks that.
+        """
         rows, columns = self._shapes[name]
+        if not self.pattern.is_unstructured:
+            n, m = self.pattern.group
+            return rows * columns // m * n
         step = max(1, _PIECE // columns)
         return sum(
             int(np.count_nonzero(self.read_rows(name, first, min(first + step, rows))))

@@ -1,10 +1,11 @@
-"""A release on disk: pruned weights, mask indexes, manifest, config, tokenizer. docs/format.md has it to the byte.
+"""A release on disk: pruned weights, what was kept, manifest, config, tokenizer. docs/format.md has it to the byte.
 
 `write_release` builds one atomically; `open_release` reads one and checks all that is cheap to check before a tensor is
 built; `open_metadata` does so where no weights are at hand; `verify` reads every byte as well. No torch.
 
 `contents` knows which files may be there, `configuration` what they may say, `mask_index` the plan on disk, `weights`
-and `nf4` the tensors; `opening`, `verification` and `writing` put them together, `comparison` looks at the base.
+and `nf4` the tensors, `zeros` the weights that masks remove; `opening`, `verification` and `writing` put them together,
+`comparison` looks at the base.
 """
 
 from loram_hub.release.comparison import check_base_config as check_base_config
@@ -26,5 +27,7 @@ from loram_hub.release.opening import is_release as is_release
 from loram_hub.release.opening import open_metadata as open_metadata
 from loram_hub.release.opening import open_release as open_release
 from loram_hub.release.verification import verify as verify
+from loram_hub.release.weights import projection_shapes as projection_shapes
 from loram_hub.release.writing import seal_release as seal_release
 from loram_hub.release.writing import write_release as write_release
+from loram_hub.release.zeros import NF4_ZERO as NF4_ZERO

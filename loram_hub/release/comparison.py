@@ -11,8 +11,11 @@ import numpy.typing as npt
 from loram_hub.checkpoint import CONFIG, index_tensors
 from loram_hub.errors import IncompatibleError, InvalidRequestError, VerificationError
 from loram_hub.files import read_json, sha256_of
+from loram_hub.manifest import Sparsification
+from loram_hub.masks import MaskFile
 from loram_hub.release.configuration import release_config
 from loram_hub.release.opening import Release
+from loram_hub.release.zeros import nonzero_rows
 from loram_hub.tensors import TensorInfo, item_bytes, read_array, read_rows
 
 _PIECE = 8 * 1024 * 1024  # bytes of the base that are in memory at a time
@@ -71,6 +74,8 @@ def refuse_incomparable(release: Release) -> None:
     why = (
         "is NF4"
         if manifest.quantization is not None
+        else "was pruned by SparseGPT, which changes the weights that it keeps"
+        if isinstance(manifest.pruning, Sparsification) and manifest.pruning.method == "sparsegpt"
         else "was refitted"
         if manifest.alignment is not None and set(manifest.alignment) <= {"refit", "earlier"}
         else "was aligned"
@@ -90,7 +95,8 @@ def compare_weights(release: Release, base: Path) -> int:
     """Compare every kept weight with the base's, bit by bit, a few megabytes in memory.
 
     Args:
-        release: pruned, neither aligned nor quantized; see `refuse_incomparable`.
+        release: pruned, neither aligned nor quantized; see `refuse_incomparable`. A sparse one must also be zero where
+            its masks remove the base's weights.
         base: checkpoint folder of the base model.
 
     Returns:
@@ -104,8 +110,14 @@ def compare_weights(release: Release, base: Path) -> int:
     refuse_incomparable(release)
     found, originals = index_tensors(release.folder), index_tensors(base)
     _check_headers(release, found, originals, base)
+    masks = release.weight_masks
     for name, info in sorted(found.items()):
-        if not _is_slice(info, originals[name], release.plan.kept_on_axes(name)):
+        same = (
+            _is_masked(name, info, originals[name], masks)
+            if masks is not None and name in masks
+            else _is_slice(info, originals[name], release.plan.kept_on_axes(name))
+        )
+        if not same:
             raise VerificationError(
                 f"{name!r} of {release.folder} is not what {base} has at the kept positions. The release claims to be "
                 "pruned and nothing else: do not use it."
@@ -147,6 +159,19 @@ def _is_slice(info: TensorInfo, original: TensorInfo, kept: tuple[Kept, ...]) ->
         if columns is not None:
             expected = expected[:, columns]
         if not np.array_equal(expected, _bits(read_rows(info, begin, end), info.dtype)):
+            return False
+    return True
+
+
+def _is_masked(name: str, info: TensorInfo, original: TensorInfo, masks: MaskFile) -> bool:
+    """Whether a projection is the original where its mask keeps it, bit by bit, and zero elsewhere."""
+    rows, columns = masks.shape(name)
+    step = max(1, _PIECE * rows // max(1, original.nbytes))
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        kept = masks.read_rows(name, first, last)
+        found, expected = (_bits(read_rows(each, first, last), info.dtype) for each in (info, original))
+        if np.any((found != expected) & kept) or np.any(nonzero_rows(info, first, last, columns) > kept):
             return False
     return True
 

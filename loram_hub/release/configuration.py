@@ -12,7 +12,7 @@ from loram_hub.architecture import Architecture, architecture_of
 from loram_hub.checkpoint import CONFIG
 from loram_hub.errors import IncompatibleError, InvalidRequestError, VerificationError
 from loram_hub.files import dump_json, read_json
-from loram_hub.manifest import FLOAT_TYPES, FORMAT, STRUCTURED_FORMAT
+from loram_hub.manifest import FLOAT_TYPES, FORMAT, STRUCTURED_FORMAT, Manifest
 from loram_hub.release.nf4 import bitsandbytes_config
 from loram_hub.release.settings import (
     MODEL_KEYS,
@@ -76,10 +76,13 @@ _LENGTH = re.compile(r"(model_)?max_(\w*_)?len(gth)?", re.ASCII)
 def release_config(
     base_config: Mapping[str, Any], *, quantization_config: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Make the `config.json` of a release from the base model's: of its settings those that the families here have."""
+    """Make the `config.json` of a release from the base model's: of its settings those that the families here have.
+
+    It is marked as that of a structured release; what is sealed as a sparse one has its mark replaced by that.
+    """
     config: dict[str, Any] = {key: without_refused(value) for key, value in base_config.items() if key in MODEL_KEYS}
     config["model_type"] = MODEL_TYPE_PREFIX + str(base_config["model_type"])
-    config["loram"] = {"format": 1}
+    config["loram"] = {"format": STRUCTURED_FORMAT}
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)
     return config
@@ -139,12 +142,19 @@ def check_keys(values: Mapping[str, Any], *, source: str) -> None:
             raise VerificationError(f"{source} has a number beyond 2^63 under {key!r:.100}.")
 
 
-def check_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | None, *, source: str) -> None:
+def mark_format(path: Path, version: int) -> None:
+    """Have the `config.json` of a release in the making say of which format it is."""
+    config = read_json(path)
+    if config.get("loram") != {"format": version}:
+        path.write_text(dump_json({**config, "loram": {"format": version}}), encoding="utf-8")
+
+
+def check_config(config: Mapping[str, Any], manifest: Manifest, *, source: str) -> None:
     """Check that a release's config says of format and quantization what its manifest says.
 
     Args:
         config: the parsed `config.json`.
-        quantization: the manifest's entry.
+        manifest: of the release.
         source: names the config in errors.
 
     Raises:
@@ -153,7 +163,9 @@ def check_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | No
     """
     mark = config.get("loram")
     if not isinstance(mark, dict) or set(mark) != {"format"} or type(mark["format"]) is not int:
-        raise VerificationError(f"{source} has the mark loram = {mark!r:.100}; {{'format': {FORMAT}}} is needed.")
+        raise VerificationError(
+            f"{source} has the mark loram = {mark!r:.100}; {{'format': {manifest.format}}} is needed."
+        )
     if mark["format"] > FORMAT:
         raise IncompatibleError(
             f"{source} is of format {mark['format']}, this loram-hub reads up to {FORMAT}. Upgrade it."
@@ -162,6 +174,12 @@ def check_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | No
         raise VerificationError(
             f"{source} is of format {mark['format']}, which never was; {STRUCTURED_FORMAT} is the first."
         )
+    if mark["format"] != manifest.format:
+        raise VerificationError(
+            f"{source} is of format {mark['format']}, the manifest of format {manifest.format}: one of them is from "
+            "another release."
+        )
+    quantization = manifest.quantization
     found = config.get("quantization_config")
     if quantization is None:
         if found is not None:

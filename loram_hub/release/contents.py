@@ -15,7 +15,8 @@ from pathlib import Path
 from loram_hub.checkpoint import CONFIG, INDEX_FILE, SINGLE_FILE, is_companion, is_never_loaded
 from loram_hub.errors import CheckpointError, VerificationError
 from loram_hub.folders import leads_out
-from loram_hub.manifest import MANIFEST, FileEntry
+from loram_hub.manifest import MANIFEST, FileEntry, Manifest
+from loram_hub.masks import WEIGHT_MASKS
 from loram_hub.release.mask_index import MASK_INDEX
 
 _WEIGHTS = re.compile(rf"{re.escape(SINGLE_FILE)}|model-[0-9]{{5}}-of-[0-9]{{5}}\.safetensors")
@@ -34,15 +35,21 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECA
 
 def is_weights(name: str) -> bool:
     """Whether a file of a release, by its name, holds weights."""
-    return name.endswith(".safetensors") and name != MASK_INDEX
+    return name.endswith(".safetensors") and name not in (MASK_INDEX, WEIGHT_MASKS)
 
 
-def check_listed(folder: Path, files: Mapping[str, FileEntry]) -> None:
+def is_large(name: str) -> bool:
+    """Whether a file of a release, by its name, may be gigabytes: weights, and masks of single weights."""
+    return is_weights(name) or name == WEIGHT_MASKS
+
+
+def check_listed(folder: Path, manifest: Manifest) -> None:
     """Check the names that a manifest lists.
 
     Raises:
         VerificationError: a file that counts is not listed, a name is a trick, or a kind that no release holds.
     """
+    files = manifest.files
     for name in files:
         why = _trick_in(name)
         if why is not None:
@@ -52,8 +59,18 @@ def check_listed(folder: Path, files: Mapping[str, FileEntry]) -> None:
     _check_alike(files, source=str(folder / MANIFEST))
     if not {CONFIG, MASK_INDEX} <= set(files):
         raise VerificationError(f"{folder / MANIFEST} does not list {CONFIG} and {MASK_INDEX}.")
+    if manifest.is_sparse != (WEIGHT_MASKS in files):
+        what = "does not list" if manifest.is_sparse else "lists"
+        has = "has the masks of its weights there" if manifest.is_sparse else "keeps all weights of a group"
+        raise VerificationError(
+            f"{folder / MANIFEST} {what} {WEIGHT_MASKS}; a release that was pruned by {manifest.pruning.method} {has}."
+        )
     for name in files:
-        if name not in (CONFIG, MASK_INDEX, INDEX_FILE) and not _WEIGHTS.fullmatch(name) and not is_companion(name):
+        if (
+            name not in (CONFIG, MASK_INDEX, WEIGHT_MASKS, INDEX_FILE)
+            and not _WEIGHTS.fullmatch(name)
+            and not is_companion(name)
+        ):
             raise VerificationError(f"{folder / MANIFEST} lists {name!r}: {_kind_of(name)}, which no release holds.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from loram_hub.architecture import LAYER_PREFIX, Architecture
+from loram_hub.architecture import LAYER_PREFIX
 from loram_hub.checkpoint import INDEX_FILE, SINGLE_FILE, index_tensors
 from loram_hub.errors import CheckpointError, PlanMismatchError, VerificationError
 from loram_hub.files import read_json
@@ -43,7 +43,7 @@ def check_weights(folder: Path, plan: Plan, manifest: Manifest) -> dict[str, Ten
         )
     shapes = plan.tensor_shapes()
     quantization = manifest.quantization
-    packed = {} if quantization is None else packed_matrices(plan)
+    packed = {} if quantization is None else projection_shapes(plan)
     known = set(shapes) | {f"{name}.{part}" for name in packed for part in NF4_PARTS}
     found = index_tensors(folder, most=len(known) + _FOREIGN)
     _check_weight_files(folder, found, manifest)
@@ -62,18 +62,14 @@ def check_weights(folder: Path, plan: Plan, manifest: Manifest) -> dict[str, Ten
     return found
 
 
-def packed_matrices(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Name and planned shape of every matrix that is NF4 in a quantized release: the projections of the layers."""
-    matrices = _projection_names(plan.architecture)
+def projection_shapes(plan: Plan) -> dict[str, tuple[int, int]]:
+    """Name and planned shape of every projection of the layers: what NF4 packs, what masks remove weights from."""
+    names = {weight.name for weight in plan.architecture.projections}
     return {
-        name: shape
+        name: (shape[0], shape[1])
         for name, shape in plan.tensor_shapes().items()
-        if name.startswith(LAYER_PREFIX) and name.split(".", 3)[-1] in matrices
+        if name.startswith(LAYER_PREFIX) and name.split(".", 3)[-1] in names
     }
-
-
-def _projection_names(architecture: Architecture) -> set[str]:
-    return {weight.name for weight in architecture.projections}
 
 
 def _check_weight_files(folder: Path, found: Mapping[str, TensorInfo], manifest: Manifest) -> None:

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from loram_hub.checkpoint import CONFIG
+from loram_hub.errors import CheckpointError, PlanMismatchError
 from loram_hub.files import atomic_folder, dump_json, resource_errors
-from loram_hub.manifest import MANIFEST, Manifest, file_entries, tool_versions
+from loram_hub.manifest import MANIFEST, Manifest, Sparsification, file_entries, tool_versions
+from loram_hub.masks import WEIGHT_MASKS
 from loram_hub.plan import Plan
-from loram_hub.release.configuration import mend_companions
+from loram_hub.release.configuration import mark_format, mend_companions
 from loram_hub.release.mask_index import MASK_INDEX, write_mask_index
 from loram_hub.release.verification import check_described
+from loram_hub.release.weights import projection_shapes
+from loram_hub.release.zeros import open_masks
 
 
 @contextmanager
@@ -23,12 +27,13 @@ def write_release(
 ) -> Iterator[Path]:
     """Write a release atomically: the block adds weights and other files to the folder it is given.
 
-    Mask indexes, config and, last of all, the manifest with the hash of every file are written here.
+    Mask indexes, config and, last of all, the manifest with the hash of every file are written here. Of a sparse
+    release the block also writes the masks, as `WEIGHT_MASKS`; see `seal_release`.
 
     Args:
         out_dir: folder to create.
         manifest: all but `files` and `tools`, which are filled in.
-        plan: the kept groups.
+        plan: the kept groups; of a sparse release none, and the hash of its masks if they are those of another one.
         config: the release's `config.json`, from `release_config`.
         overwrite: replace an existing folder.
 
@@ -50,15 +55,43 @@ def write_release(
 def seal_release(folder: Path, *, manifest: Manifest, plan: Plan, only: Collection[str] | None = None) -> None:
     """Write mask indexes and manifest into a folder that holds everything else.
 
+    Of a sparse release, what follows from its masks is filled in as well: `plan_sha256` and, for masks that the plan
+    does not name yet, `kept_weights` and `parameters`.
+
     Args:
-        folder: with config and weights.
+        folder: with config and weights, of a sparse release masks too.
         manifest: all but `files` and `tools`, which are filled in.
-        plan: the kept groups.
+        plan: the kept groups; of a sparse release none, and the hash of its masks if they are those of another one.
         only: names of the files that belong to the release; None for every file in the folder.
+
+    Raises:
+        CheckpointError: a sparse release has no masks.
+        PlanMismatchError: its masks are not those that the plan names.
+        ResourceError: the disk is full or not writable.
     """
     with resource_errors(f"Writing {folder}"):
         write_mask_index(folder / MASK_INDEX, plan)
+        mark_format(folder / CONFIG, manifest.format)
         names = only if only is not None else [path.name for path in folder.iterdir()]
         mend_companions(folder, names, vocab_size=plan.architecture.vocab_size)
         complete = replace(manifest, files=file_entries(folder, only=only), tools=tool_versions())
+        if isinstance(manifest.pruning, Sparsification):
+            complete = _with_masks(folder, complete, manifest.pruning, plan)
         (folder / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
+
+
+def _with_masks(folder: Path, manifest: Manifest, pruning: Sparsification, plan: Plan) -> Manifest:
+    """Complete the manifest of a sparse release by what its masks say."""
+    if WEIGHT_MASKS not in manifest.files:
+        raise CheckpointError(f"{folder} has no {WEIGHT_MASKS}: a sparse release is written with its masks.")
+    sha256 = manifest.files[WEIGHT_MASKS].sha256
+    if plan.masks_sha256 not in (None, sha256):
+        raise PlanMismatchError(f"{folder / WEIGHT_MASKS} does not hold the masks that the plan names.")
+    parameters = manifest.parameters
+    if plan.masks_sha256 is None:
+        masks = open_masks(folder, plan, pruning)
+        prunable = sum(rows * columns for rows, columns in projection_shapes(plan).values())
+        pruning = replace(pruning, kept_weights=sum(map(masks.kept, masks.names)))
+        parameters = manifest.base.parameters - prunable + pruning.kept_weights
+    plan_sha256 = replace(plan, masks_sha256=sha256).digest
+    return replace(manifest, pruning=replace(pruning, plan_sha256=plan_sha256), parameters=parameters)
