@@ -12,6 +12,8 @@ CUDA's allocator rounds. Kernels are the CPU's, so what CUDA's do otherwise is p
 - TRL's loss changes its tile of logits in place (Triton), and adds up gradients in fp32 without a copy (cuBLAS).
 - dropout keeps a mask of one byte per element.
 
+Masked LoRA runs the library's own layers (`loram_hub.masked_lora`), with masks of which only the sizes are known.
+
 This is an account of live tensors, not a measurement on a GPU. CUDA's context, workspaces of libraries and
 fragmentation are not in it.
 """
@@ -28,10 +30,12 @@ from typing import Any
 from unittest import mock
 
 import bitsandbytes as bnb
+import numpy as np
 import torch
 import trl.kernels.chunked_logprob as chunked_logprob
 from bitsandbytes.functional import QuantState
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,6 +45,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from loram_hub.architecture import Architecture, LayerSizes, architecture_of
 from loram_hub.estimation import TrainingShape, chosen_targets
+from loram_hub.masked_lora.layers import MaskedLayer, MaskedVariant, masked_class_of
+from loram_hub.masked_lora.product import KeptWeights
 from loram_hub.shaping import shrink_layer_
 
 _DEVICE = "cpu"
@@ -90,6 +96,8 @@ def simulate(
     if shape.checkpointing:
         model.enable_input_require_grads()
         model.base_model.model.activation_checkpointing_enable()
+    if shape.masked_lora:
+        _mask_(model)
     model.train()
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     padded = shape.micro_batch > 1 if shape.padded is None else shape.padded
@@ -121,6 +129,19 @@ def _standing(model: nn.Module) -> Iterator[torch.Tensor]:
         if isinstance(module, bnb.nn.Linear4bit):
             state = module.quant_state
             yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+        if isinstance(module, MaskedLayer):
+            yield module.kept_weights.bits
+
+
+def _mask_(model: nn.Module) -> None:
+    """Mask every LoRA layer; what a mask's bits are does not matter here."""
+    KeptWeights(np.ones((1, 1), dtype=np.bool_))(torch.device(_DEVICE))  # makes the table that all masks share
+    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        layer.__class__ = masked_class_of(type(layer))
+        layer.kept_weights = KeptWeights(np.ones((1, 1), dtype=np.bool_))
+        layer.kept_weights.shape = torch.Size((layer.out_features, layer.in_features))
+        layer.kept_weights.bits = _meta(layer.out_features, -(-layer.in_features // 8), dtype=torch.uint8)
+        layer.lora_variant.update({name: MaskedVariant() for name in layer.lora_A})
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -281,6 +302,8 @@ def _make_fake_(model: nn.Module) -> None:
     """Replace every tensor of the meta device by a fake one, shared ones once. Call it in a `FakeTensorMode`."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
+        if isinstance(module, MaskedLayer):
+            module.kept_weights.bits = _fake(module.kept_weights.bits)
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter not in made:
                 made[parameter] = nn.Parameter(_fake(parameter), requires_grad=parameter.requires_grad)

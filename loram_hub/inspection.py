@@ -6,16 +6,18 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from loram_hub.adapter import check_adapter, check_base, pinned_revision
 from loram_hub.architecture import architecture_of
 from loram_hub.checkpoint import read_config
 from loram_hub.errors import AccessError, InvalidRequestError, UnsupportedModelError
+from loram_hub.estimation import SparseCounts, planned_sparse_counts, sparse_counts
 from loram_hub.files import read_json
 from loram_hub.hub import METADATA_FILES, Source, fetch_release, find_base, resolve, resolve_config, source_of
 from loram_hub.hub.fetching import list_files
-from loram_hub.manifest import MANIFEST
+from loram_hub.manifest import MANIFEST, Sparsification
+from loram_hub.masks import Pattern, parse_pattern
 from loram_hub.plan import ParameterCounts, PruningSettings, parameter_counts, planned_sizes
 from loram_hub.release import (
     ADAPTER_CONFIG,
@@ -31,6 +33,7 @@ from loram_hub.release import (
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
+@overload
 def count_parameters(
     model: str | os.PathLike[str],
     *,
@@ -38,38 +41,79 @@ def count_parameters(
     keep_first: int = 4,
     keep_last: int = 2,
     round_to: int | None = None,
+    sparsity: None = None,
+    pattern: None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-) -> ParameterCounts:
-    """Count what a structured plan would leave of a model, from its `config.json` alone.
+) -> ParameterCounts: ...
+
+
+@overload
+def count_parameters(
+    model: str | os.PathLike[str],
+    *,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> SparseCounts: ...
+
+
+def count_parameters(
+    model: str | os.PathLike[str],
+    *,
+    pruning_ratio: float | None = None,
+    keep_first: int | None = None,
+    keep_last: int | None = None,
+    round_to: int | None = None,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> ParameterCounts | SparseCounts:
+    """Count what pruning would leave of a model, from its `config.json` alone: channel groups, or single weights.
 
     Args:
         model: folder, config file or Hub id of the base model; no weights are read.
-        pruning_ratio: share removed of each prunable dimension of each pruned layer, in [0, 1).
-        keep_first: layers at the start that stay whole.
-        keep_last: layers at the end that stay whole.
+        pruning_ratio: share removed of each prunable dimension of each pruned layer, in [0, 1); 0.85 if nothing is
+            said.
+        keep_first: layers at the start that stay whole; 4 if nothing is said.
+        keep_last: layers at the end that stay whole; 2 if nothing is said.
         round_to: round kept MLP channels up to a multiple; None keeps the paper's counts.
+        sparsity: remove single weights instead, this share of every projection, in (0, 1).
+        pattern: remove single weights in groups: `n:m` keeps n of every m inputs, as in `4:8`.
         revision: of a Hub id.
         token: of the Hub.
 
     Returns:
-        Parameters, bytes and kept groups per layer.
+        Parameters, bytes and kept groups per layer; with `sparsity` or `pattern` parameters, bytes and masks.
 
     Raises:
         UnsupportedModelError: an unknown family.
-        InvalidRequestError: a ratio outside [0, 1), or one that empties a layer.
+        InvalidRequestError: a ratio or sparsity out of range, a ratio that empties a layer, a pattern that does not
+            divide the inputs of a projection, or both ways of pruning at once.
         AccessError: the Hub refused or could not be reached.
 
     Example:
         >>> from loram_hub import count_parameters  # doctest: +SKIP
         >>> count_parameters("meta-llama/Llama-3.1-70B", pruning_ratio=0.85).pruned_parameters  # doctest: +SKIP
         17849982976
+        >>> count_parameters("meta-llama/Llama-2-13b-hf", pattern="4:8").pruned_parameters  # doctest: +SKIP
+        6671979520
     """
-    settings = PruningSettings(
-        pruning_ratio=pruning_ratio, keep_first=keep_first, keep_last=keep_last, round_to=round_to
-    )
+    asked = {"pruning_ratio": pruning_ratio, "keep_first": keep_first, "keep_last": keep_last, "round_to": round_to}
+    structure: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    is_sparse = sparsity is not None or pattern is not None
+    if is_sparse and structure:
+        raise InvalidRequestError(
+            f"{', '.join(structure)} says which channel groups go; sparsity and pattern remove single weights, in "
+            "every layer. Leave out one or the other."
+        )
+    settings = None if is_sparse else PruningSettings(**{"pruning_ratio": 0.85, **structure})
     architecture = architecture_of(read_json(resolve_config(model, revision=revision, token=token)))
-    return parameter_counts(architecture, planned_sizes(architecture, settings))
+    if settings is not None:
+        return parameter_counts(architecture, planned_sizes(architecture, settings))
+    return planned_sparse_counts(architecture, Pattern() if pattern is None else parse_pattern(pattern), sparsity)
 
 
 def info(
@@ -78,7 +122,8 @@ def info(
     """Describe a release from its manifest, mask indexes and config; of a Hub id nothing else is fetched.
 
     Returns:
-        JSON values: base, pruning, alignment, quantization, parameter counts, bytes of weights, kept groups per layer.
+        JSON values: base, pruning, alignment, quantization, parameter counts, bytes of weights, and kept groups per
+        layer or, of a sparse release, kept weights and bytes of masks.
 
     Raises:
         CheckpointError: no release.
@@ -97,10 +142,18 @@ def info(
         "pruning": asdict(manifest.pruning),
         "alignment": manifest.alignment,
         "quantization": manifest.quantization,
-        **parameter_counts(architecture, opened.plan.layers).to_dict(),
+        **_counts(opened).to_dict(),
         "file_bytes": sum(entry.size for entry in manifest.files.values()),
         "tools": dict(manifest.tools),
     }
+
+
+def _counts(release: Release) -> ParameterCounts | SparseCounts:
+    pruning = release.manifest.pruning
+    if isinstance(pruning, Sparsification):
+        pattern = parse_pattern(pruning.pattern)
+        return sparse_counts(release.architecture, pattern, kept_weights=pruning.kept_weights)
+    return parameter_counts(release.architecture, release.plan.layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,8 +215,7 @@ def verify(
             raise InvalidRequestError(f"{target} is an adapter: it has no weights of a base model to compare.")
         return _verify_adapter(resolve(target, revision=source.commit, token=token), base, token)
     source, opened = fetch_release(target, revision=source.commit, token=token, remember=False)
-    checked, not_checked = list(_CHECKED), list(_NEVER_CHECKED)
-    checked += [_CHECKED_NF4] if opened.is_quantized else []
+    checked, not_checked = _checked(opened), list(_NEVER_CHECKED)
     if source.commit is not None and not Path(target).expanduser().is_dir():
         why_not = _check_repository(opened, source, token)
         checked += ["names of all files of the repository, as the Hub lists them"] if why_not is None else []
@@ -175,7 +227,7 @@ def verify(
     if base is not None or full:
         checked.append(_check_base(opened, base, token, full=full))
     if not full:
-        not_checked.append("kept weights against the base's: --full does that, where nothing was trained or quantized")
+        not_checked.append(f"kept weights against the base's: --full does that, where nothing was {_changed(opened)}")
     if base is None and not full:
         commit = "" if opened.manifest.base.commit is None else " and commit"
         not_checked.append(f"the base's config{commit}: --base does that")
@@ -196,12 +248,33 @@ _CHECKED = (
     "names, kinds and links of all files",
     "size and SHA-256 of every file that the manifest lists, and the manifest's own",
     "configs: no code, no other files, quantization as the manifest says, known settings in their bounds",
+)
+_CHECKED_STRUCTURED = (
     "mask indexes: type, order, range, and the plan that the manifest names",
     "weights: every tensor of the plan and no other, type and shape of each, no NaN or infinity",
     "the manifest's parameter counts and ratio against the plan",
 )
+_CHECKED_SPARSE = (
+    "masks: shape and pattern of each, and the hash that the plan is",
+    "weights: every tensor of the base and no other, type and shape of each, no NaN or infinity",
+    "zeros: every weight that its mask removes",
+    "the manifest's parameter counts and sparsity against the masks",
+)
 _CHECKED_NF4 = "NF4: lengths, block sizes, code tables, scales"
 _NEVER_CHECKED = ("whether the weights are good: loram eval measures that",)
+
+
+def _checked(release: Release) -> list[str]:
+    kind = _CHECKED_SPARSE if release.is_sparse else _CHECKED_STRUCTURED
+    return [*_CHECKED, *kind, *([_CHECKED_NF4] if release.is_quantized else [])]
+
+
+def _changed(release: Release) -> str:
+    """Say what keeps the kept weights of a release from being the base's."""
+    pruning = release.manifest.pruning
+    if isinstance(pruning, Sparsification) and pruning.method == "sparsegpt":
+        return "trained or quantized, nor updated, as SparseGPT does"
+    return "trained or quantized"
 
 
 def _check_repository(release: Release, source: Source, token: str | bool | None) -> str | None:

@@ -10,6 +10,10 @@ so (B^R A^R)[i, j] = (B^P A^P)[k, l] at kept positions and 0 at all others. The 
 in its eq. 3 and M = 0 in eqs. 5-6. Here **M = 1 is kept** throughout. The hidden axes, layers that were left whole, and
 the lm_head pass through. Numbers are copied, not computed: without a change of type the factors hold the trained bits.
 
+On a sparse release (LoRAM-Semi, LoRAM-Unst) every shape is whole, and R is the identity: the factors go to the original
+model as they are, also those that were trained masked, since (B A) o M has no factors of low rank. What is written is
+canonical all the same, and names the original model.
+
 Which axes of a weight were pruned, and where its parts lie in a fused projection (Phi-3's qkv_proj and gate_up_proj),
 is read off the plan; no layer's weight is named here and no head counted. No weights are needed, and no torch.
 """
@@ -430,6 +434,6 @@ def _record(adapter: Adapter, origin: _Origin, folder: Path) -> AdapterRecord:
         release_id=origin.id,
         release_commit=origin.commit,
         plan_sha256=origin.release.plan.digest,
-        trained=training_of(adapter.config),
+        trained=training_of(adapter.config, masked=adapter.was_masked),
         files=hash_files(folder),
     )

@@ -15,10 +15,11 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from loram_hub.architecture import FAMILIES, LM_HEAD, Architecture, Indices, Space, architecture_of, layer_tensor
-from loram_hub.files import dump_json
-from loram_hub.manifest import BaseModel, Manifest, Pruning
-from loram_hub.plan import Plan
-from loram_hub.release import release_config, write_release
+from loram_hub.files import dump_json, read_json, sha256_of
+from loram_hub.manifest import BaseModel, Manifest, Pruning, Sparsification
+from loram_hub.masks import WEIGHT_MASKS, MaskWriter, Pattern, parse_pattern
+from loram_hub.plan import Plan, parameter_counts
+from loram_hub.release import projection_shapes, release_config, write_release
 
 MODEL_TYPES = tuple(sorted(FAMILIES))
 HEADS: Mapping[str, tuple[int, int]] = {"mha": (3, 3), "gqa": (6, 3), "mqa": (4, 1)}
@@ -130,6 +131,92 @@ def save_metadata_release(
     with write_release(folder, manifest=manifest, plan=plan, config=release_config(config)):
         pass
     return folder
+
+
+def sparse_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
+    """Return a `tiny_config` whose projections all have input features in multiples of 8, as n:m patterns want."""
+    return tiny_config(model_type, **{"layers": 2, "head_dim": 8, "intermediate_size": 40, **changes})
+
+
+def magnitude_mask(weight: npt.NDArray[Any], pattern: Pattern, sparsity: float) -> npt.NDArray[np.bool_]:
+    """Return the mask that keeps the largest weights: of each group, or of the whole matrix."""
+    size = np.abs(weight).astype(np.float64)
+    if pattern.is_unstructured:
+        order = np.argsort(size, axis=None, kind="stable")
+        kept = np.ones(size.size, dtype=np.bool_)
+        kept[order[: int(sparsity * size.size)]] = False
+        return kept.reshape(size.shape)
+    n, m = pattern.group
+    groups = size.reshape(len(size), -1, m)
+    return (np.argsort(np.argsort(-groups, axis=2, kind="stable"), axis=2) < n).reshape(size.shape)
+
+
+def sparse_release(
+    folder: Path,
+    base: Path,
+    *,
+    pattern: str = "unstructured",
+    sparsity: float = 0.5,
+    method: str = "magnitude",
+    nf4: bool = False,
+) -> Path:
+    """Write a sparse release of a base checkpoint with masks by magnitude, whatever `method` it claims.
+
+    It comes about without `sparsification`, through the writer of releases alone.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from loram_hub.checkpoint import ShardWriter, copy_companions
+    from loram_hub.quantization import as_nf4, quantized_tensors
+
+    shape, base_config = parse_pattern(pattern), read_json(base / "config.json")
+    plan = Plan(architecture_of(base_config), {})
+    tensors, projected = load_file(base / "model.safetensors"), projection_shapes(plan)
+    sparsity = sparsity if shape.sparsity is None else shape.sparsity
+    manifest, config = _sparse_manifest(base, plan, pattern, sparsity, method), release_config(base_config)
+    if nf4:
+        manifest, config = as_nf4(manifest, base_config, torch.bfloat16)
+    with write_release(folder, manifest=manifest, plan=plan, config=config) as out:
+        copy_companions(base, out)
+        writer = ShardWriter(out)
+        with MaskWriter(out / WEIGHT_MASKS, projected, shape) as masks:
+            for name, tensor in sorted(tensors.items()):
+                mask = None
+                if name in projected:
+                    kept = magnitude_mask(tensor.float().numpy(), shape, sparsity)
+                    masks.add(name, kept)
+                    mask = torch.from_numpy(kept)
+                    tensor = tensor * mask
+                parts = quantized_tensors(plan.architecture, name, tensor, torch.bfloat16, mask) if nf4 else None
+                for part, value in ({name: tensor} if parts is None else parts).items():
+                    writer.add(part, value)
+        writer.finish()
+    return folder
+
+
+def _sparse_manifest(base: Path, plan: Plan, pattern: str, sparsity: float, method: str) -> Manifest:
+    is_sparsegpt = method == "sparsegpt"
+    return Manifest(
+        base=BaseModel(
+            id="org/base",
+            commit=None,
+            config_sha256=sha256_of(base / "config.json"),
+            parameters=parameter_counts(plan.architecture, plan.layers).original_parameters,
+        ),
+        pruning=Sparsification(
+            method=method,
+            pattern=pattern,
+            sparsity=sparsity,
+            kept_weights=0,  # counted when the release is sealed
+            dampening=0.01 if is_sparsegpt else None,
+            block_size=128 if is_sparsegpt else None,
+            seed=0,
+            calibration=None,
+            plan_sha256="",
+        ),
+        parameters=0,
+    )
 
 
 def pruned_module_shapes(plan: Plan) -> dict[str, tuple[int, int]]:

@@ -26,10 +26,12 @@ from builders import (
 from loram_hub.cli import main
 
 EXPECTED_OPTIONS = {
-    "plan": {"pruning-ratio", "keep-first", "keep-last", "round-to", "revision", "token", "json"},
+    "plan": {
+        "pruning-ratio", "keep-first", "keep-last", "round-to", "sparsity", "pattern", "revision", "token", "json",
+    },
     "prune": {
-        "pruning-ratio", "keep-first", "keep-last", "round-to", "importance", "calibration", "seed", "quantize",
-        "device", "overwrite", "dry-run", "revision", "token", "json",
+        "method", "pruning-ratio", "keep-first", "keep-last", "round-to", "importance", "sparsity", "pattern",
+        "calibration", "seed", "quantize", "device", "overwrite", "dry-run", "revision", "token", "json",
     },
     "quantize": {"device", "overwrite", "dry-run", "revision", "token", "json"},
     "card": {"repo-id", "license", "evaluation", "dry-run", "json"},
@@ -58,9 +60,9 @@ EXPECTED_OPTIONS = {
     "info": {"revision", "token", "json"},
     "verify": {"full", "base", "revision", "token", "json"},
     "estimate": {
-        "gpu", "seq", "micro-batch", "rank", "targets", "dropout", "optim", "checkpointing", "processes", "embedding",
-        "lm-head", "offload-activations", "pruning-ratio", "keep-first", "keep-last", "round-to", "16-bit", "picture",
-        "revision", "token", "json",
+        "gpu", "seq", "micro-batch", "rank", "targets", "masked-lora", "dropout", "optim", "checkpointing",
+        "processes", "embedding", "lm-head", "offload-activations", "pruning-ratio", "keep-first", "keep-last",
+        "round-to", "16-bit", "picture", "revision", "token", "json",
     },
     "finetune": {"out", "resume", "token", "dry-run", "json"},
     "recover": {

@@ -6,12 +6,13 @@ import hashlib
 import os
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-from loram_hub.digests import git_sha1_of, remembered_sha256
+from loram_hub.digests import check_once, git_sha1_of, remembered_sha256
 from loram_hub.files import sha256_of
 
 
@@ -123,3 +124,31 @@ def test_blob_ids_are_gits_own(tmp_path: Path, content: bytes) -> None:
     )
 
     assert git_sha1_of(content) == git_sha1_of(tmp_path / "file") == run.stdout.strip()
+
+
+def test_a_check_that_passed_runs_once_for_the_same_content() -> None:
+    passed: list[str] = []
+
+    for content in ("a" * 64, "a" * 64, "b" * 64, "a" * 64):
+        check_once(content, partial(passed.append, content))
+
+    assert passed == ["a" * 64, "b" * 64]
+
+
+def test_a_check_that_failed_runs_again() -> None:
+    def fail() -> None:
+        raise ValueError("not sound")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not sound"):
+            check_once("c" * 64, fail)
+
+
+def test_a_check_passes_where_nothing_can_be_remembered(cache: Path) -> None:
+    cache.write_text("a file where the folder should be")
+    passed: list[int] = []
+
+    check_once("d" * 64, lambda: passed.append(1))
+    check_once("d" * 64, lambda: passed.append(2))
+
+    assert passed == [1, 2]

@@ -17,10 +17,17 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from loram_hub import evaluation
 from loram_hub.auto import AutoLoramModel
 from loram_hub.errors import InvalidRequestError
-from loram_hub.evaluation import EncodedExample, EvaluationTable, encode_examples, evaluate, held_out_loss
+from loram_hub.evaluation import (
+    EncodedExample,
+    EvaluationTable,
+    encode_examples,
+    evaluate,
+    evaluating,
+    held_out_loss,
+    losses,
+)
 from loram_hub.pruning import prune
 from loram_hub.recovery import recover
 from loram_hub.texts import Example
@@ -119,7 +126,7 @@ def test_a_large_vocabulary_makes_smaller_batches(
     encoded, _ = encode_examples(TASKS, tokenizer)
     most_logits: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, output: most_logits.append(output.numel()))
-    monkeypatch.setattr(evaluation, "_LARGEST_LOGITS", 8 * 53)
+    monkeypatch.setattr(losses, "_LARGEST_LOGITS", 8 * 53)
 
     measured = held_out_loss(model, encoded, batch_size=100)
 
@@ -287,8 +294,8 @@ def test_two_models_are_never_in_memory_at_once(
         return original_pruned(*args, **options)
 
     original_open, original_pruned = AutoModelForCausalLM.from_pretrained, AutoLoramModel.from_pretrained
-    monkeypatch.setattr(evaluation.AutoModelForCausalLM, "from_pretrained", open_base_and_remember)
-    monkeypatch.setattr(evaluation.AutoLoramModel, "from_pretrained", open_pruned_and_look)
+    monkeypatch.setattr(evaluating.AutoModelForCausalLM, "from_pretrained", open_base_and_remember)
+    monkeypatch.setattr(evaluating.AutoLoramModel, "from_pretrained", open_pruned_and_look)
     gc.disable()  # what is freed must be freed by evaluate
     try:
         table = evaluate(TASKS, base=base, release=release, adapter=adapter, recovered=recovered)

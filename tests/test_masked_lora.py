@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from builders import save_base, sparse_config, sparse_release, tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoModelForCausalLM
 
 from loram_hub import AutoLoramModel, mask_lora_
 from loram_hub.errors import IncompatibleError, InvalidRequestError, PlanMismatchError, UnsupportedAdapterError
@@ -73,12 +71,12 @@ def test_product_and_gradients_are_those_of_a_dense_computation(
     x, A, B, W, g = tensors((2, 5, 11), (3, 11), (13, 3), (13, 11), (2, 5, 13))
     x, W, g = x.to(dtype), (W * torch.from_numpy(mask)).to(dtype), g.to(dtype)
     inputs = torch.tensor([0.0, *[1.5] * 9, 0.0]) if dropped else None
-    variables = [each.clone().requires_grad_() for each in (x, A, B)]
+    variables = x, A, B = x.requires_grad_(), A.requires_grad_(), B.requires_grad_()
     update = MaskedUpdate(
         kept=KeptWeights(mask), scale=0.7, inputs=inputs, weight=(lambda to: W.to(to)) if with_weight else None
     )
 
-    y = masked_product(*variables, update)
+    y = masked_product(x, A, B, update)
     found = [y, *torch.autograd.grad(y, variables, g)]
 
     x, A, B = references = [each.detach().double().requires_grad_() for each in variables]
@@ -94,7 +92,7 @@ def test_gradients_pass_a_numerical_check() -> None:
     x, A, B, W = (each.requires_grad_() for each in tensors((4, 5), (2, 5), (6, 2), (6, 5)))
     update = MaskedUpdate(kept=KeptWeights(random_mask(6, 5)), scale=1.3, weight=lambda _: W.detach())
 
-    assert torch.autograd.gradcheck(lambda *given: masked_product(*given, update), (x, A, B))
+    assert torch.autograd.gradcheck(lambda x, A, B: masked_product(x, A, B, update), (x, A, B))
 
 
 def test_nothing_is_learnt_from_pruned_weights() -> None:
@@ -139,8 +137,8 @@ class Alive(TorchDispatchMode):
     """Count the largest number of floating-point tensors of a size that were alive at one time."""
 
     def __init__(self, numel: int) -> None:
-        super().__init__()
-        self.numel, self.most, self._seen = numel, 0, torch.utils.weak.WeakIdKeyDictionary()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numel, self.most, self._seen = numel, 0, WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -157,7 +155,8 @@ def test_one_dense_update_is_alive_at_a_time() -> None:
     update = MaskedUpdate(kept=KeptWeights(mask), scale=1.0, weight=lambda _: frozen)
 
     def most(product: Callable[[torch.Tensor], torch.Tensor]) -> int:
-        with Alive(24 * 24) as alive:
+        alive = Alive(24 * 24)
+        with alive:
             product(product(product(x))).sum().backward()
         return alive.most
 
@@ -207,10 +206,11 @@ def make_dense_(model: PeftModel, kept: dict[str, torch.Tensor]) -> PeftModel:
 
     def forward(layer: Any, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         base = layer.base_layer
-        is_nf4 = isinstance(base, Linear4bit)
-        weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float() if is_nf4 else base.weight
+        with torch.no_grad():  # what the base layer makes of the unit vectors, in NF4 too
+            zero = base(torch.zeros(layer.in_features))
+            weight = (base(torch.eye(layer.in_features)) - zero).t()
         dense = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * mask
-        return functional.linear(x, weight + layer.scaling["default"] * dense, base.bias)
+        return functional.linear(x, weight + layer.scaling["default"] * dense, zero)
 
     for name, layer in lora_layers(model).items():
         layer.forward = lambda x, layer=layer, mask=kept[name]: forward(layer, mask, x)
@@ -288,33 +288,29 @@ def test_a_model_in_16_bit_is_masked_too(folder: Path) -> None:
     assert_close(found, expected, most=0.15)
 
 
-def hooked(model: PeftModel) -> AbstractContextManager[Any]:
-    """Put something on every base layer that only PEFT's own forward calls."""
+def hook_(model: PeftModel) -> None:
     for layer in lora_layers(model).values():
         layer.base_layer.register_forward_hook(lambda *_: None)
-    return nullcontext()
 
 
-def trained_base(model: PeftModel) -> AbstractContextManager[Any]:
+def unfreeze_(model: PeftModel) -> None:
     for layer in lora_layers(model).values():
         layer.base_layer.weight.requires_grad_(True)
-    return nullcontext()
 
 
-@pytest.mark.parametrize("surrounded", [hooked, trained_base])
-@pytest.mark.parametrize("release", ["llama", "nf4"])
+@pytest.mark.parametrize(("release", "change_"), [("llama", hook_), ("llama", unfreeze_), ("nf4", hook_)])
 def test_where_the_base_layer_computes_itself_the_update_is_the_same(
-    folder: Path, release: str, surrounded: Callable[[PeftModel], AbstractContextManager[Any]]
+    folder: Path, release: str, change_: Callable[[PeftModel], None]
 ) -> None:
-    if release == "nf4" and surrounded is trained_base:
-        pytest.skip("integers have no gradient")
     model = adapted(folder / release)
     expected = gradients(model)
 
-    with surrounded(model):
-        found = gradients(model)
+    change_(model)
+    found = gradients(model)
 
-    assert_close({name: each for name, each in found.items() if "lora_" in name}, expected)
+    # In its backward pass bitsandbytes rounds dequantized weights to the type they were quantized from, here bfloat16.
+    rounding = 1e-2 if release == "nf4" else 1e-4
+    assert_close({name: each for name, each in found.items() if "lora_" in name}, expected, rounding)
 
 
 def test_dropout_takes_features_from_all_tokens_alike_and_only_in_training(folder: Path) -> None:
@@ -382,7 +378,7 @@ def test_a_merged_model_answers_alike_and_keeps_its_zeros(folder: Path, safe_mer
 
 def test_what_is_saved_is_plain_lora(folder: Path, tmp_path: Path) -> None:
     for name, masked in (("masked", True), ("plain", False)):
-        adapted(folder / "llama", masked=masked).save_pretrained(tmp_path / name)
+        adapted(folder / "llama", masked=masked).save_pretrained(str(tmp_path / name))
 
     configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("masked", "plain")]
     for config in configs:
@@ -398,7 +394,8 @@ def test_masks_go_where_the_layers_go_and_are_no_part_of_the_state(folder: Path)
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert [name for name, _ in model.named_buffers()] == [name for name, _ in plain.named_buffers()]
     bits = [layer.kept_weights.bits for layer in lora_layers(model).values()]
-    assert sum(each.nbytes for each in bits) * 8 == sum(each.base_layer.weight.numel() for each in lora_layers(model).values())
+    weights = [layer.base_layer.weight for layer in lora_layers(model).values()]
+    assert sum(each.nbytes for each in bits) * 8 == sum(each.numel() for each in weights)
     copied = deepcopy(model).to("meta")
     assert {layer.kept_weights.bits.device.type for layer in lora_layers(copied).values()} == {"meta"}
     assert {layer.kept_weights.bits.device.type for layer in lora_layers(model).values()} == {"cpu"}
@@ -429,8 +426,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no adapter": (plain_model, InvalidRequestError, "without an adapter"),
     "structured": (lambda at: adapted(at / "structured", masked=False), InvalidRequestError, "is a structured release"),
     "no release": (
-        lambda at: get_peft_model(adapted(at / "llama", masked=False).unload().__class__.__mro__[2](
-            adapted(at / "llama", masked=False).config.__class__.__mro__[2](**sparse_config())), lora()),
+        lambda at: get_peft_model(AutoModelForCausalLM.from_pretrained(at / "llama-base"), lora()),
         InvalidRequestError, "was not opened with AutoLoramModel",
     ),
     "no projection": (

@@ -80,6 +80,22 @@ def test_every_mask_comes_back_as_it_was(text: str, rows: int, groups: int, seed
     assert np.array_equal(decode_mask(encoded[-1:], columns, pattern), mask[-1:])
 
 
+@given(text=st.sampled_from(PATTERNS), groups=st.integers(1, 9), data=st.data())
+def test_every_mask_has_one_spelling(text: str, groups: int, data: st.DataObject) -> None:
+    """Whatever bytes are taken for a mask, they are the ones that it is written as: there is room for nothing else."""
+    pattern = parse_pattern(text)
+    columns = groups * (pattern.of or 5)
+    length = row_bytes(columns, pattern)
+    row = np.frombuffer(data.draw(st.binary(min_size=length, max_size=length)), dtype=np.uint8)[None]
+
+    try:
+        mask = decode_mask(row, columns, pattern)
+    except VerificationError:
+        return
+
+    assert np.array_equal(encode_mask(mask, pattern), row)
+
+
 @pytest.mark.parametrize("text", ["1:4", "2:4", "4:8", "3:7", "5:9"])
 def test_codes_are_ranks_in_the_combinatorial_number_system(text: str) -> None:
     pattern = parse_pattern(text)

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from base_configs import BASES
@@ -20,22 +21,32 @@ from pipeline_materials import save_texts, save_tiny_base, tiny_recipe, write_re
 from torch.distributed.run import get_args_parser
 
 from loram_hub.alignment.estimates import estimate
-from loram_hub.architecture import architecture_of
+from loram_hub.architecture import Architecture, architecture_of
 from loram_hub.corpora import Corpus
 from loram_hub.licences import duties, licence_of
-from loram_hub.manifest import read_manifest
+from loram_hub.manifest import Pruning, Sparsification, read_manifest
 from loram_hub.pipeline import Recipe, publish, read_recipe
-from loram_hub.pipeline.preview import describe, hours_text, plan_of_any_groups, size_text, stage_costs
+from loram_hub.pipeline.preview import (
+    describe,
+    hours_text,
+    plan_of_any_groups,
+    size_text,
+    sparse_counts_of,
+    stage_costs,
+)
 from loram_hub.plan import parameter_counts, planned_sizes
 
 PUBLISH = Path(__file__).parents[1] / "publish"
 RECIPES = (
-    "llama-2-13b", "llama-2-70b", "llama-2-70b-0.75", "llama-3.1-70b", "llama-3.1-8b", "mistral-small", "qwen2.5-72b",
-    "qwen3-32b", "smollm2-135m",
+    "llama-2-13b", "llama-2-13b-semi", "llama-2-13b-unst", "llama-2-70b", "llama-2-70b-0.75", "llama-3.1-70b",
+    "llama-3.1-8b", "mistral-small", "qwen2.5-72b", "qwen3-32b", "smollm2-135m", "smollm2-135m-semi",
+    "smollm2-135m-unst",
 )  # fmt: skip
 SCRIPTS = ("release.sh", "slurm.sh", "torchrun.sh")  # the first is run by test_end_to_end.py
 THE_PAPERS = {
     "llama-2-13b": 6_005_662_720,
+    "llama-2-13b-semi": 6_671_979_520,  # the 1.95x of its tables 1 to 3; its table 4 has LLaMA-2-7B's count there
+    "llama-2-13b-unst": 6_037_591_040,  # its table 4 has 37,872 more
     "llama-2-70b": 16_272_924_672,
     "llama-2-70b-0.75": 21_488_738_304,
     "llama-3.1-70b": 17_849_982_976,
@@ -65,22 +76,49 @@ def test_the_figures_at_the_head_of_a_recipe_are_what_the_estimate_gives(name: s
     assert len(lines) >= 5
 
 
+def counts_of(recipe: Recipe, architecture: Architecture) -> tuple[int, int]:
+    """Return the parameters of base and pruned model."""
+    if recipe.prune.is_sparse:
+        sparse = sparse_counts_of(recipe, architecture)
+        return sparse.original_parameters, sparse.pruned_parameters
+    counts = parameter_counts(architecture, planned_sizes(architecture, recipe.prune.structure))
+    return counts.original_parameters, counts.pruned_parameters
+
+
+def removed_in_name(recipe: Recipe) -> str:
+    """Return how a release's name says what was removed: -0.65, -Semi-4of8 or -Unst-0.55."""
+    if not recipe.prune.is_sparse:
+        return f"-{recipe.prune.structure.pruning_ratio:g}"
+    settings = recipe.prune.sparsity_settings
+    return (
+        f"-Unst-{settings.sparsity:g}" if settings.pattern is None else f"-Semi-{settings.pattern.replace(':', 'of')}"
+    )
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_suits_its_base(name: str) -> None:
     recipe = recipe_of(name)
     config, parameters = BASES[recipe.base]
     architecture = architecture_of(config)
 
-    counts = parameter_counts(architecture, planned_sizes(architecture, recipe.prune.structure))
+    original, pruned = counts_of(recipe, architecture)
 
-    assert counts.original_parameters == parameters
-    assert counts.pruned_parameters == THE_PAPERS.get(name, counts.pruned_parameters) < parameters
-    assert f"{recipe.prune.structure.pruning_ratio:g}" in recipe.repo_id
+    assert original == parameters
+    assert pruned == THE_PAPERS.get(name, pruned) < parameters
+    assert removed_in_name(recipe) in recipe.repo_id
     unmet = duties(licence_of(recipe.base), repo_name=recipe.repo_id, documents={}, card="")
     assert not [duty.how for duty in unmet if duty.what.startswith("the name") and not duty.met]
     assert recipe.align is not None
     assert recipe.hardware is not None
     assert (recipe.align.settings.processes or 1) == recipe.hardware.count
+
+
+def removed_by(pruning: Pruning | Sparsification) -> str:
+    """Return what was removed from a release, in the words of `removed_in_name`."""
+    if isinstance(pruning, Pruning):
+        return f"-{pruning.pruning_ratio:g}"
+    is_semi = pruning.pattern != "unstructured"
+    return f"-Semi-{pruning.pattern.replace(':', 'of')}" if is_semi else f"-Unst-{pruning.sparsity:g}"
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +131,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shrunk(recipe: Recipe, place: Path) -> Recipe:
     """Return a recipe for a tiny model of the same family and local texts, in one process on the CPU."""
     model_type = str(BASES[recipe.base][0]["model_type"])
-    base = place / f"tiny-{model_type}"
+    base = place / f"tiny-{model_type}{'-sparse' if recipe.prune.is_sparse else ''}"
+    # Inputs in groups of eight; and no layer stays whole, so that there need not be many.
+    grouped: dict[str, Any] = {"head_dim": 8, "intermediate_size": 40, "layers": 2}
     if not base.exists():
-        save_tiny_base(base, model_type=model_type, layers=8)
+        save_tiny_base(base, model_type=model_type, **(grouped if recipe.prune.is_sparse else {"layers": 8}))
+    few_texts: dict[str, Any] = {"samples": 4, "tokens": 32} if recipe.prune.is_sparse else {}
     texts = str(place / "texts.jsonl")
     assert recipe.align is not None
     assert recipe.evaluate is not None
@@ -109,7 +150,7 @@ def shrunk(recipe: Recipe, place: Path) -> Recipe:
         revision=None,
         license_file=None,
         device=None,
-        prune=replace(recipe.prune, calibration=texts),
+        prune=replace(recipe.prune, calibration=texts, **few_texts),
         align=replace(recipe.align, settings=few, corpora=(Corpus(source=texts),), launcher=()),
         evaluate=replace(recipe.evaluate, data=texts, limit=2, max_tokens=16, device=None),
         push=None,
@@ -127,7 +168,7 @@ def test_every_recipe_makes_a_release_that_can_be_pushed(place: Path) -> None:
         stages = [stage.name for stage in published.stages if stage.made]
         assert stages == ["prune", "align", "quantize", *measured, "card"], name
         manifest = read_manifest(published.release)
-        assert manifest.pruning.pruning_ratio == recipe.prune.structure.pruning_ratio
+        assert removed_by(manifest.pruning) == removed_in_name(recipe)
         assert manifest.alignment is not None
         assert manifest.quantization is not None
         assert recipe.repo_id.partition("/")[2] in (published.release / "README.md").read_text()

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from builders import HEADS, MODEL_TYPES, save_base, save_tokenizer, tiny_architecture, tiny_config
+from builders import HEADS, MODEL_TYPES, save_base, save_tokenizer, tiny_config
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from loram_hub.architecture import architecture_of
 from loram_hub.checkpoint import Checkpoint
 from loram_hub.errors import InvalidRequestError, ResourceError, VerificationError
-from loram_hub.release import Release, open_release
+from loram_hub.release import Release
 from loram_hub.sparsification import SparsitySettings, asked_counts, check_sparsify, sparsify
 from loram_hub.sparsification import layers as streamed_layers
 from loram_hub.sparsification.counts import kept_of, projection_shapes
@@ -348,6 +347,11 @@ def calibration(seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 53, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(seed))
 
 
+def watch(module: nn.Module, seen: list[torch.Tensor]) -> Any:
+    """Keep what a module is given; returns the handle that ends it."""
+    return module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+
 def plain_run(folder: Path, ids: torch.Tensor, asked: SparsitySettings) -> dict[str, Plain]:
     """Prune a model that is in memory whole, layer by layer; each layer's inputs come from running the whole model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -355,10 +359,7 @@ def plain_run(folder: Path, ids: torch.Tensor, asked: SparsitySettings) -> dict[
     for number, layer in enumerate(model.model.layers):
         seen: dict[str, list[torch.Tensor]] = {}
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        handles = [
-            module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
-            for name, module in linears.items()
-        ]
+        handles = [watch(module, seen.setdefault(name, [])) for name, module in linears.items()]
         with torch.no_grad():
             for sample in ids.split(1):
                 model(input_ids=sample, use_cache=False)

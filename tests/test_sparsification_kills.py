@@ -12,8 +12,8 @@ from killed import bytes_of, run_killed
 
 pytestmark = pytest.mark.slow
 
-KILLS = 10
-LAYERS = 16
+KILLS = 6
+LAYERS = 12
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_an_undisturbed_one(

@@ -46,6 +46,7 @@ from loram_hub.adapter.reading import Adapter as Adapter
 from loram_hub.adapter.reading import LoraPair as LoraPair
 from loram_hub.adapter.reading import pair_factors as pair_factors
 from loram_hub.adapter.reading import read_adapter as read_adapter
+from loram_hub.adapter.record import MASKED_FIELD as MASKED_FIELD
 from loram_hub.adapter.record import RECORD as RECORD
 from loram_hub.adapter.record import RECOVERED as RECOVERED
 from loram_hub.adapter.record import AdapterRecord as AdapterRecord

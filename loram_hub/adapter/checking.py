@@ -18,7 +18,7 @@ from loram_hub.adapter.config import CONFIG, AdapterConfig, parse_config
 from loram_hub.adapter.folder import check_files
 from loram_hub.adapter.modules import linear_modules, module_shape, uneven_module
 from loram_hub.adapter.reading import PairSizes, check_axes, check_targets, pair_factors, require_files
-from loram_hub.adapter.record import RECORD, RECOVERED, AdapterRecord, read_record
+from loram_hub.adapter.record import MASKED_FIELD, RECORD, RECOVERED, AdapterRecord, read_record
 from loram_hub.adapter.tensors import CODES, FACTOR_NAME, FROZEN_COPIES, WEIGHTS, factor_names, mark_names
 from loram_hub.architecture import FAMILIES, Architecture, architecture_of
 from loram_hub.errors import (
@@ -262,7 +262,7 @@ def _is_recovered(folder: Path) -> bool:
     """Whether the folder has a record, which then must be one of a recovered adapter."""
     if not (folder / RECORD).is_file():
         return False
-    if set(read_json(folder / RECORD)) == {"plan_sha256"}:
+    if set(read_json(folder / RECORD)) - {MASKED_FIELD} == {"plan_sha256"}:
         raise UnsupportedAdapterError(
             f"{folder / RECORD} names the plan of a release: the adapter is not recovered. Run loram recover first."
         )

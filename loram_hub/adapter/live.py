@@ -39,7 +39,11 @@ def read_model(model: PeftModel) -> Adapter:
     tensors = ((name, _to_numpy(state[name], name)) for name in factor_names(list(state), source=source))
     adapter = build_adapter(config, tensors, source=source, record={})
     marks = {digest_of_mark(state[name].cpu().numpy()) for name in mark_names(state)}
-    return replace(adapter, marked_plan=marks.pop() if len(marks) == 1 else None)
+    return replace(
+        adapter,
+        marked_plan=marks.pop() if len(marks) == 1 else None,
+        was_masked=any(hasattr(module, "kept_weights") for module in model.modules()),  # `masked_lora` has them
+    )
 
 
 def _refuse_resized(model: PeftModel) -> None:

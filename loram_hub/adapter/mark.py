@@ -5,6 +5,9 @@ does refuse are tensors it does not know, with their names in its message (0.32:
 llama.cpp's converter does the same. So an adapter that PEFT saves from a release carries a tensor named `tensors.MARK`.
 It holds the digest of the plan, which tells `recover` which release the adapter belongs to; a recovered adapter does
 not have it. `marking` makes PEFT write it, and says what it does not reach.
+
+Adapters of sparse releases are not marked. Their factors have full size, and on the original model they do what they
+should: recovery changes nothing but the name of the base. Their plan is known from the record that our callbacks write.
 """
 
 from __future__ import annotations

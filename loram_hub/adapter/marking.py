@@ -102,9 +102,13 @@ def mark_adapters_(model: nn.Module, digest: str) -> None:
     """Give each LoRA adapter on a pruned model its mark, on the first layer that it adapts.
 
     Args:
-        model: in pruned shapes, perhaps with LoRA layers by PEFT.
+        model: of a release, perhaps with LoRA layers by PEFT; one of a sparse release, with shapes that are whole, is
+            left as it is.
         digest: SHA-256 of the plan, hexadecimal.
     """
+    release = getattr(model, "loram", None)
+    if release is not None and release.manifest.is_sparse:
+        return
     seen: set[str] = set()
     for layer in list(model.modules()):
         factors = getattr(layer, "lora_A", None)

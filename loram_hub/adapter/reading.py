@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from loram_hub.adapter.config import CONFIG, AdapterConfig, check_work, key_pattern, parse_config
 from loram_hub.adapter.mark import marked_plan
-from loram_hub.adapter.record import RECORD
+from loram_hub.adapter.record import MASKED_FIELD, RECORD
 from loram_hub.adapter.tensors import CODES, FACTOR_NAME, WEIGHTS, Factor, factor_name, factor_names, is_finite
 from loram_hub.errors import CheckpointError, LoramError, UnsupportedAdapterError, VerificationError
 from loram_hub.files import read_json
@@ -68,6 +68,8 @@ class Adapter:
     """Content of its `loram.json`; empty if it has none."""
     marked_plan: str | None = None
     """Digest of the plan it was trained on, from its mark; None if it has none."""
+    was_masked: bool = False
+    """Whether it was trained on a sparse release with the mask on its update (`masked_lora`)."""
 
     def check_targets(self, candidates: Iterable[str]) -> None:
         """Check that the adapter has factors for the modules that its config declares, and for no others.
@@ -164,7 +166,9 @@ def build_adapter(
         )
         for module, pair in declared.items()
     }
-    return Adapter(source=source, config=config, pairs=pairs, record=record)
+    return Adapter(
+        source=source, config=config, pairs=pairs, record=record, was_masked=record.get(MASKED_FIELD) is True
+    )
 
 
 def pair_factors(config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]], *, source: str) -> dict[str, PairSizes]:

@@ -35,6 +35,9 @@ _SCALE_FIELDS = frozenset({"factor", "losses", "standard_error", "examples", "to
 _MAX_SCALES = 100
 _TRAINED = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
 
+MASKED_FIELD = "masked"
+"""Says of an adapter, true, that it was trained masked; not there for others."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileHash:
@@ -87,7 +90,7 @@ class AdapterRecord:
     plan_sha256: str
     """Digest of the plan: which channel groups the release keeps."""
     trained: Mapping[str, Any]
-    """Ranks and alphas in training."""
+    """Ranks and alphas in training, and whether the update was masked."""
     files: Mapping[str, FileHash]
     """Config and weights of the adapter, by file name."""
     scale: ScaleRecord | None = None
@@ -115,9 +118,15 @@ def hash_files(folder: Path) -> dict[str, FileHash]:
     }
 
 
-def training_of(config: AdapterConfig) -> dict[str, Any]:
-    """Return what the record says of the training: ranks and alphas as the pruned adapter declared them."""
+def training_of(config: AdapterConfig, *, masked: bool = False) -> dict[str, Any]:
+    """Return what the record says of the training: ranks and alphas as the trained adapter declared them.
+
+    Args:
+        config: of the trained adapter.
+        masked: whether its update was masked; see `loram_hub.masked_lora`.
+    """
     return {
+        **({MASKED_FIELD: True} if masked else {}),
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
@@ -182,7 +191,7 @@ class _Fields:
                 f"{odd!r:.100} of {name} in {self.source} {state}. Copy or recover the adapter again."
             )
 
-    def members(self, value: object, needed: set[str], name: str) -> dict[str, Any]:
+    def members(self, value: object, needed: frozenset[str] | set[str], name: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise self._refusal(value, name, "an object is")
         self.keys(value, needed, name)
@@ -202,7 +211,10 @@ class _Fields:
         return value
 
     def training(self, value: object) -> dict[str, Any]:
-        trained = self.members(value, set(_TRAINED), "trained")
+        was_masked = isinstance(value, dict) and MASKED_FIELD in value
+        trained = self.members(value, _TRAINED | ({MASKED_FIELD} if was_masked else set()), "trained")
+        if was_masked and trained[MASKED_FIELD] is not True:
+            raise self._refusal(trained[MASKED_FIELD], f"trained.{MASKED_FIELD}", "true, or no such field, is")
         patterns = [trained["rank_pattern"], trained["alpha_pattern"]]
         numbers = [trained["r"], trained["lora_alpha"]]
         for pattern in patterns:

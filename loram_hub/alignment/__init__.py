@@ -5,6 +5,7 @@
     launch        which processes there are, and that they are the wanted ones
     model         the pruned model, sharded over them (torch FSDP2)
     objective     next-token loss and divergence from a teacher, a chunk of logits at a time
+    masking       gradients of a sparse release, so that its zeros stay zeros
     optimization  AdamW on each process's own rows, schedule, clipping
     batches       the training stream, read by the first process and handed to all
     checkpoints   what a killed run resumes from; state_files: the files of one

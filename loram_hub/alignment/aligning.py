@@ -13,6 +13,7 @@ from loram_hub.alignment.batches import BatchFeed
 from loram_hub.alignment.checkpoints import CheckpointStore
 from loram_hub.alignment.estimates import AlignmentEstimate, estimate
 from loram_hub.alignment.launch import Ranks, check_precision, joined_ranks
+from loram_hub.alignment.masking import gradient_masks
 from loram_hub.alignment.model import sharded_model
 from loram_hub.alignment.optimization import check_optimizer
 from loram_hub.alignment.requests import AlignmentRequest, Resume, request_of, resolved_precision
@@ -46,6 +47,8 @@ def align(
     token: str | bool | None = None,
 ) -> Release:
     """Train the pruned weights of a release further on general text (LoRAM, eq. 8), and write the aligned release.
+
+    The removed weights of a sparse release stay 0, exactly.
 
     Every process that `torchrun` or `accelerate launch` has started calls this with the same arguments; without them
     it runs in one process. A run that was cut off goes on from its last checkpoint when it is started again, on
@@ -185,6 +188,7 @@ class _Run:
             model,
             self._material(feed, teacher),
             request.settings,
+            masks=ranks.everywhere(lambda: gradient_masks(source, model, ranks)),
             ranks=ranks,
             store=self._store,
             run_sha256=self._identity.digest,

@@ -6,6 +6,7 @@ tensors and S_t over the trained ones of ceil(d_0 / W) * e, it holds in bytes
     weights    w * S            w = 4 (`fp32`, `mixed`) or 2 (`bf16`)
     gradients  w * S_t
     optimizer  2 w * S_t        AdamW; 8-bit: 2 + 8/256 bytes per element (8 for tensors of less than 4,096)
+    masks      S_p / 8          of a sparse release; S_p is S_t over the projections alone
 
 so that N parameters, all trained in mixed precision, take 16 N / W bytes: 17.85 B parameters on 8 GPUs 35.7 GB each.
 Besides, while it computes, it holds at most two gathered layers, the gathered embeddings, final norm and lm_head (R
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loram_hub.alignment.settings import AlignmentSettings, Precision, is_trained
-from loram_hub.architecture import LAYER_PREFIX
+from loram_hub.architecture import LAYER_PREFIX, layer_tensor
 from loram_hub.plan import Plan
 
 _STORED_BYTES: Mapping[str, int] = {"fp32": 4, "mixed": 4, "bf16": 2}
@@ -43,9 +44,9 @@ class AlignmentEstimate:
     precision: str
     """`fp32`, `mixed` or `bf16`."""
     parameters: int
-    """Parameters of the pruned model."""
+    """Parameters of the pruned model; zeros of a sparse one are counted, for they take as much memory."""
     trained_parameters: int
-    """Those that are trained."""
+    """Those that are trained, zeros included."""
     tokens: int
     """Tokens that are trained on."""
     weight_bytes: int
@@ -54,6 +55,8 @@ class AlignmentEstimate:
     """Gradients that a process holds."""
     optimizer_bytes: int
     """Optimizer state that a process holds."""
+    mask_bytes: int
+    """Masks of a sparse release that a process holds."""
     working_bytes: int
     """Gathered weights and gradients while it computes, at most; activations not counted."""
     checkpoint_bytes: int
@@ -62,7 +65,8 @@ class AlignmentEstimate:
     @property
     def process_bytes(self) -> int:
         """What a process holds besides activations."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.working_bytes
+        held = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.mask_bytes
+        return held + self.working_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate as JSON values."""
@@ -100,10 +104,19 @@ def estimate(plan: Plan, settings: AlignmentSettings, *, precision: Precision, p
         weight_bytes=stored * sum(held.values()),
         gradient_bytes=stored * sum(held[name] for name in trained),
         optimizer_bytes=optimizer,
+        mask_bytes=_mask_bytes(plan, trained, processes),
         working_bytes=computed * (root + 2 * largest) + (computed + summed) * max(root, largest),
         checkpoint_bytes=stored * trained_count
         + sum(_optimizer_bytes(math.prod(shape), settings, stored) for shape in trained.values()),
     )
+
+
+def _mask_bytes(plan: Plan, trained: Mapping[str, tuple[int, ...]], processes: int) -> int:
+    if plan.masks_sha256 is None:
+        return 0
+    layers = range(plan.architecture.num_hidden_layers)
+    names = [layer_tensor(layer, weight.name) for layer in layers for weight in plan.architecture.projections]
+    return sum(-(-trained[name][0] // processes) * -(-trained[name][1] // 8) for name in names)
 
 
 def _optimizer_bytes(elements: int, settings: AlignmentSettings, stored: int) -> int:

@@ -5,6 +5,7 @@ Nothing in it depends on time, machine or interruptions: a run that was killed a
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ from loram_hub.checkpoint import Checkpoint, ShardWriter, copy_companions
 from loram_hub.corpora import Corpus
 from loram_hub.errors import TrainingError
 from loram_hub.manifest import Manifest, read_manifest
+from loram_hub.masks import WEIGHT_MASKS
 from loram_hub.release import Release, base_config_of, is_release, release_config, write_release
 from loram_hub.teaching import TeacherShards
 
@@ -140,6 +142,8 @@ def write_aligned(
             opened = write_release(out, manifest=manifest, plan=source.plan, config=config, overwrite=overwrite)
             folder = writing.enter_context(opened)
             copy_companions(source.folder, folder)
+            if source.is_sparse:  # zeros were kept, so that the masks are still those of the weights
+                shutil.copyfile(source.folder / WEIGHT_MASKS, folder / WEIGHT_MASKS)
             writer.append(ShardWriter(folder))
 
         def close_writer() -> None:

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from loram_hub.alignment.batches import Batch, BatchFeed
 from loram_hub.alignment.checkpoints import CheckpointStore
 from loram_hub.alignment.launch import Ranks, peers_needed
+from loram_hub.alignment.masking import GradientMasks
 from loram_hub.alignment.model import TrainedModel
 from loram_hub.alignment.optimization import ShardedAdamW, learning_rate_at
 from loram_hub.alignment.settings import AlignmentSettings
@@ -75,6 +76,7 @@ class Training:
         material: Material,
         settings: AlignmentSettings,
         *,
+        masks: GradientMasks,
         ranks: Ranks,
         store: CheckpointStore,
         run_sha256: str,
@@ -86,12 +88,14 @@ class Training:
             model: sharded.
             material: what is trained on.
             settings: of the run.
+            masks: of the gradients; a sparse release stays sparse.
             ranks: the processes.
             store: of the checkpoints.
             run_sha256: tells this run's checkpoints from another's.
             record: takes what each step brought; called on the first process alone.
         """
         self._model, self._material, self._settings, self._ranks = model, material, settings, ranks
+        self._masks = masks
         self._store, self._run_sha256, self._record = store, run_sha256, record
         trained = ((name, each) for name, each in model.named_parameters() if each.requires_grad)
         self.optimizer = ShardedAdamW(trained, settings)
@@ -153,6 +157,7 @@ class Training:
                 self._save()
             raise
         losses, divergences = self._gradients(batch)
+        self._masks.apply_(self.optimizer.parameters)
         norm = self.optimizer.clip_(self._ranks)
         self._check_finite(batch, losses, divergences, norm)
         rate = learning_rate_at(self._step, self._settings)

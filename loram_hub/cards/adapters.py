@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loram_hub.adapter import (
     CONFIG,
+    MASKED_FIELD,
     RECORD,
     RECOVERED,
     VLLM_RANKS,
@@ -181,6 +182,7 @@ def _values(adapter: AdapterFacts) -> dict[str, object]:
         "release": None if record is None else hub_link(record.release_id),
         "release_commit": None if record is None else record.release_commit,
         "plan_sha256": None if record is None else record.plan_sha256,
+        "was_masked": record is not None and record.trained.get(MASKED_FIELD) is True,
         "trained_rank": None if record is None else record.trained["r"],
         "trained_alpha": None if record is None else record.trained["lora_alpha"],
         "files": file_rows({name: sha256_of(adapter.folder / name) for name in names}),

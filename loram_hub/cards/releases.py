@@ -19,6 +19,7 @@ from loram_hub.cards.pictures import (
     kept_groups_picture,
 )
 from loram_hub.cards.rendering import render_card
+from loram_hub.cards.sparse import sparse_facts
 from loram_hub.cards.wording import (
     MAX_ROWS,
     check_repo_id,
@@ -30,9 +31,11 @@ from loram_hub.cards.wording import (
     size,
     title_of,
 )
+from loram_hub.estimation import SparseCounts, sparse_counts
 from loram_hub.files import sha256_of
 from loram_hub.licences import Licence
-from loram_hub.manifest import MANIFEST, Manifest
+from loram_hub.manifest import MANIFEST, Manifest, Pruning, Sparsification
+from loram_hub.masks import parse_pattern
 from loram_hub.plan import ParameterCounts, parameter_counts
 from loram_hub.release import Release
 
@@ -67,16 +70,18 @@ def release_card(
         MissingDependencyError: jinja2 or matplotlib is not installed.
     """
     check_repo_id(repo_id)
-    manifest, counts = release.manifest, parameter_counts(release.architecture, release.plan.layers)
+    manifest, counts = release.manifest, _counts(release)
     known = {"base": counts.original_parameters, "pruned": counts.pruned_parameters}
     measured = None if evaluation is None else read_evaluation(evaluation, parameters=known)
     curve = alignment_curve(manifest.alignment)
     described = _described(release, repo_id, licence)
-    pictures = {KEPT_GROUPS: kept_groups_picture(release.plan)}
+    # The masks of a sparse release are equally dense in every matrix: there is nothing to see.
+    pictures = {} if release.is_sparse else {KEPT_GROUPS: kept_groups_picture(release.plan)}
     if curve:
         pictures[ALIGNMENT_LOSS] = alignment_picture(curve, held_out_curves(manifest.alignment))
     values = {
         **_facts(release, counts),
+        **_pruning_facts(release, counts),
         **licence_values(licence, _changes(manifest)),
         "title": title_of(repo_id, f"LoRAM release of {manifest.base.id}"),
         "repo": Markdown(repo_id or "path/to/this/folder"),
@@ -105,7 +110,12 @@ def _described(release: Release, repo_id: str | None, licence: Licence) -> Descr
         relation=_relation(release),
         library="loram-hub",  # with `transformers`, the Hub would offer to serve a training proxy
         licence=licence,
-        tags=(LORAM_TAG, "pruned", *(("bitsandbytes", "4-bit") if release.is_quantized else ())),
+        tags=(
+            LORAM_TAG,
+            "pruned",
+            *(("sparse", manifest.pruning.method) if release.is_sparse else ()),
+            *(("bitsandbytes", "4-bit") if release.is_quantized else ()),
+        ),
         datasets=tuple(sorted({hub_id for name in _corpora(manifest) if (hub_id := _hub_dataset(name))})),
         model="pruned",
     )
@@ -140,30 +150,48 @@ def _corpus(name: str) -> Markdown:
     return Markdown(hub_link(hub_id, kind="datasets/") + (f" {code(config)}" if config else ""))
 
 
-def _facts(release: Release, counts: ParameterCounts) -> dict[str, object]:
+def _counts(release: Release) -> ParameterCounts | SparseCounts:
+    pruning = release.manifest.pruning
+    if isinstance(pruning, Sparsification):
+        pattern = parse_pattern(pruning.pattern)
+        return sparse_counts(release.architecture, pattern, kept_weights=pruning.kept_weights)
+    return parameter_counts(release.architecture, release.plan.layers)
+
+
+def _pruning_facts(release: Release, counts: ParameterCounts | SparseCounts) -> dict[str, object]:
+    pruning = release.manifest.pruning
+    if isinstance(pruning, Sparsification):
+        assert isinstance(counts, SparseCounts)
+        return sparse_facts(release, pruning, counts)
+    assert isinstance(counts, ParameterCounts)
+    return {
+        "ratio": Markdown(f"{pruning.pruning_ratio:g}"),
+        "method": pruning.method,
+        "importance": pruning.importance,
+        "whole_layers": release.architecture.num_hidden_layers - len(release.plan.kept),
+        "heads": _range(counts.kept[layer].kv_heads for layer in release.plan.kept),
+        "all_heads": release.architecture.num_key_value_heads,
+        "channels": _range(counts.kept[layer].channels for layer in release.plan.kept),
+        "all_channels": count(release.architecture.intermediate_size),
+    }
+
+
+def _facts(release: Release, counts: ParameterCounts | SparseCounts) -> dict[str, object]:
     manifest, pruning = release.manifest, release.manifest.pruning
     history = history_of(manifest.alignment)
-    whole = release.architecture.num_hidden_layers - len(release.plan.kept)
     return {
         "base": hub_link(manifest.base.id),
         "commit": manifest.base.commit,
         "base_is_local": not is_hub_id(manifest.base.id),
+        "is_sparse": release.is_sparse,
         "is_quantized": release.is_quantized,
         "is_sixteen_bit": not release.is_quantized and _dtype(release) in ("bfloat16", "float16"),
         "is_aligned": history.training is not None,
         "is_refitted": history.refit is not None,
         "ends_with_refit": history.ends_with_refit,
         "may_be_trained": "saved" in manifest.recipe,
-        "ratio": Markdown(f"{pruning.pruning_ratio:g}"),
-        "method": pruning.method,
-        "importance": pruning.importance,
         "seed": pruning.seed,
         "layers": release.architecture.num_hidden_layers,
-        "whole_layers": whole,
-        "heads": _range(counts.kept[layer].kv_heads for layer in release.plan.kept),
-        "all_heads": release.architecture.num_key_value_heads,
-        "channels": _range(counts.kept[layer].channels for layer in release.plan.kept),
-        "all_channels": count(release.architecture.intermediate_size),
         "calibration": _pairs(pruning.calibration),
         "alignment": _pairs(
             {key: value for key, value in (history.training or {}).items() if key not in _NOT_IN_ONE_LINE}
@@ -201,11 +229,18 @@ def _changes(manifest: Manifest) -> Markdown:
     refitted = [f"{_REFITTED} in closed form"] if history.refit is not None else []
     trained = ["the rest was trained further"] if history.training is not None or "saved" in manifest.recipe else []
     done = [
-        "its files were modified: rows and columns of the weights were removed",
+        f"its files were modified: {_removal(manifest.pruning)}",
         *((*trained, *refitted) if history.ends_with_refit else (*refitted, *trained)),
         *(["quantized to NF4"] if manifest.quantization is not None else []),
     ]
     return Markdown(", ".join(done))
+
+
+def _removal(pruning: Pruning | Sparsification) -> str:
+    if isinstance(pruning, Pruning):
+        return "rows and columns of the weights were removed"
+    updated = ", and others changed to make up for it" if pruning.method == "sparsegpt" else ""
+    return f"single weights were set to zero{updated}"
 
 
 def _range(numbers: Iterable[int]) -> Markdown:

@@ -19,6 +19,9 @@ _training_options = combined(
     click.option("--micro-batch", type=int, default=1, show_default=True, help="Sequences that a GPU takes at a time."),
     click.option("--rank", type=int, default=8, show_default=True, help="Rank of LoRA."),
     click.option("--targets", help="Modules with LoRA, as in q_proj,v_proj. Default: every projection."),
+    click.option(
+        "--masked-lora/--plain-lora", default=False, help="Masked LoRA, for sparse releases. Default: plain LoRA."
+    ),
     click.option("--dropout", type=float, default=0.05, show_default=True, help="Dropout of LoRA, in [0, 1)."),
     click.option(
         "--optim",
@@ -81,7 +84,8 @@ def estimate(
     """Say whether training on TARGET fits a GPU (exit code 6 if not), and up to which settings it does.
 
     TARGET is a release (Hub id or folder), or a base model (Hub id, folder or config.json) with --pruning-ratio or
-    without. Only configs and headers are read; nothing is measured.
+    without. The zeros of a sparse release save nothing: it takes what its base takes. Only configs and headers are
+    read; nothing is measured.
     """
     from loram_hub.fitting import estimate_memory, fit_text, save_picture
 
@@ -105,7 +109,9 @@ def _shape(options: dict[str, Any]) -> TrainingShape:
     from loram_hub.estimation import MemoryOptions, TrainingShape
 
     targets = options["targets"]
-    same = ("sequence_length", "micro_batch", "rank", "dropout", "optimizer", "checkpointing", "processes")
+    same = (
+        "sequence_length", "micro_batch", "rank", "masked_lora", "dropout", "optimizer", "checkpointing", "processes",
+    )  # fmt: skip
     return TrainingShape(
         **{name: options[name] for name in same},
         targets=None if targets is None else tuple(name.strip() for name in targets.split(",") if name.strip()),

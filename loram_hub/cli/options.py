@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 AS_JSON = "loram_hub.json"
 
@@ -22,6 +23,16 @@ def combined(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
         return function
 
     return apply
+
+
+def given_options(names: Iterable[str]) -> list[str]:
+    """Return those of the running command's options that were given, as they are written."""
+    context = click.get_current_context()
+    return [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+    ]
 
 
 def _note_json(context: click.Context, _: click.Parameter, value: bool) -> bool:
@@ -41,6 +52,15 @@ write_options = combined(
         "--overwrite", is_flag=True, help="Replace the output folder; the old one stays until the new one is complete."
     ),
     click.option("--dry-run", is_flag=True, help="Check everything and say what would be written, without writing."),
+)
+SPARSITY = ("sparsity", "pattern")
+sparsity_options = combined(
+    click.option(
+        "--sparsity", type=float, help="Remove single weights: this share of every projection, in (0, 1), anywhere."
+    ),
+    click.option(
+        "--pattern", metavar="N:M", help="Remove single weights: KEEP n of every m inputs, as in 4:8 (half) or 2:4."
+    ),
 )
 STRUCTURE = ("pruning_ratio", "keep_first", "keep_last", "round_to")
 structure_options = combined(

@@ -47,11 +47,26 @@ def size_text(nbytes: int) -> str:
 
 
 def print_counts(counts: Mapping[str, Any]) -> None:
-    """Print parameters, bytes and what each layer keeps."""
-    rows = [
+    """Print parameters and bytes, and what each layer keeps or what the masks of single weights take."""
+    is_sparse = "mask_bytes" in counts
+    print_table(None, [*_parameter_rows(counts), *(_sparse_rows(counts) if is_sparse else _size_rows(counts))])
+    for first, last, sizes in _runs(counts.get("kept", ())):
+        layers = f"layer {first}" if first == last else f"layers {first}-{last}"
+        click.echo(f"  {layers}: {sizes[0]} KV heads, {sizes[1]:,} MLP channels")
+    if is_sparse:
+        click.echo("Zeros take memory as any other number does: training on it takes what training on the base takes.")
+
+
+def _parameter_rows(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
         ("parameters before", f"{counts['original_parameters']:,}"),
         ("parameters after", f"{counts['pruned_parameters']:,}"),
         ("reduction", f"{counts['reduction']:.2f}x  (the paper's x4 for NF4: {counts['paper_reduction']:.2f}x)"),
+    ]
+
+
+def _size_rows(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
         ("weights in bf16", size_text(counts["bf16_bytes"])),
         ("weights in NF4", f"{size_text(counts['nf4_bytes'])}  (embeddings and lm_head in bf16)"),
         (
@@ -59,10 +74,20 @@ def print_counts(counts: Mapping[str, Any]) -> None:
             f"{counts['paper_nf4_gib']:.2f} GiB  (half a byte for every parameter, embeddings too)",
         ),
     ]
-    print_table(None, rows)
-    for first, last, sizes in _runs(counts["kept"]):
-        layers = f"layer {first}" if first == last else f"layers {first}-{last}"
-        click.echo(f"  {layers}: {sizes[0]} KV heads, {sizes[1]:,} MLP channels")
+
+
+def _sparse_rows(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    pattern = counts["pattern"]
+    where = "anywhere" if pattern == "unstructured" else f"{pattern.replace(':', ' of every ')} inputs"
+    kept, prunable = counts["kept_weights"], counts["prunable_weights"]
+    packed, in_nf4 = size_text(counts["packed_bf16_bytes"]), size_text(counts["packed_nf4_bytes"])
+    return [
+        ("kept in projections", f"{kept:,} of {prunable:,} weights ({kept / prunable:.2%}), {where}"),
+        ("weights in bf16", f"{size_text(counts['bf16_bytes'])}  (zeros included)"),
+        ("weights in NF4", f"{size_text(counts['nf4_bytes'])}  (zeros included; embeddings and lm_head in bf16)"),
+        ("masks", f"{size_text(counts['mask_bytes'])}  ({counts['mask_bits']:.3g} bit per weight, on top)"),
+        ("without the zeros", f"{packed} in bf16, {in_nf4} in NF4, masks included  (computed; stored with them)"),
+    ]
 
 
 def _runs(kept: Sequence[Mapping[str, int]]) -> list[tuple[int, int, tuple[int, int]]]:
@@ -86,13 +111,19 @@ def print_info(described: Mapping[str, Any]) -> None:
         [
             ("release", described["id"]),
             ("base model", f"{base['id']} @ {base['commit'] or 'local folder'}"),
-            ("pruning", f"{pruning['method']}, {pruning['importance']}, ratio {pruning['pruning_ratio']}"),
+            ("pruning", _pruning_text(pruning)),
             ("aligned", "yes" if described["alignment"] else "no"),
             ("weights", f"{quantization['type']}, rest {quantization['dtype']}" if quantization else "not quantized"),
             ("files", size_text(described["file_bytes"])),
         ],
     )
     print_counts(described)
+
+
+def _pruning_text(pruning: Mapping[str, Any]) -> str:
+    if "pattern" in pruning:
+        return f"{pruning['method']}, {pruning['pattern']}, sparsity {pruning['sparsity']:g}"
+    return f"{pruning['method']}, {pruning['importance']}, ratio {pruning['pruning_ratio']}"
 
 
 def print_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]], *, err: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,14 @@ import click
 
 from loram_hub.cli.group import main
 from loram_hub.cli.options import (
+    SPARSITY,
     STRUCTURE,
     evaluation_option,
+    given_options,
     hub_options,
     json_option,
     license_option,
+    sparsity_options,
     structure_options,
     write_options,
 )
@@ -21,59 +25,135 @@ from loram_hub.cli.output import print_counts, print_json, print_release, print_
 from loram_hub.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from loram_hub.estimation import SparseCounts
+    from loram_hub.plan import ParameterCounts
     from loram_hub.pushing import Pushed
+    from loram_hub.release import Release
+
+
+STRUCTURED = "structured"
 
 
 @main.command(epilog="Example: loram plan meta-llama/Llama-3.1-70B --pruning-ratio 0.85")
 @click.argument("model")
 @structure_options
+@sparsity_options
 @hub_options
 @json_option
 def plan(model: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
-    """Count what pruning MODEL would leave; needs only its config.json (folder, file or Hub id)."""
+    """Count what pruning MODEL would leave; needs only its config.json (folder, file or Hub id).
+
+    With --sparsity or --pattern: what is left of the parameters if single weights are removed.
+    """
     from loram_hub.inspection import count_parameters
 
-    counts = count_parameters(model, **options)
+    is_sparse = any(options[name] is not None for name in SPARSITY)
+    if is_sparse:
+        _refuse_structure(f"--{'sparsity' if options['pattern'] is None else 'pattern'}")
+    unused = STRUCTURE if is_sparse else SPARSITY
+    counts = count_parameters(model, **{name: value for name, value in options.items() if name not in unused})
     if as_json:
         print_json(counts.to_dict())
         return
     print_counts(counts.to_dict())
-    structure = [f"--{name.replace('_', '-')}={options[name]}" for name in STRUCTURE if options[name] is not None]
-    suggest("loram prune", model, "OUT", *structure, "--calibration=TEXTS.jsonl", "--quantize")
+    used = SPARSITY if is_sparse else STRUCTURE
+    chosen = [f"--{name.replace('_', '-')}={options[name]}" for name in used if options[name] is not None]
+    method = ("--method=sparsegpt",) if is_sparse else ()
+    suggest("loram prune", model, "OUT", *method, *chosen, "--calibration=TEXTS.jsonl", "--quantize")
 
 
 @main.command(epilog="Example: loram prune org/model OUT --pruning-ratio 0.65 --calibration texts.jsonl --quantize")
 @click.argument("base")
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--method",
+    type=click.Choice([STRUCTURED, "sparsegpt", "wanda", "magnitude"]),
+    default=STRUCTURED,
+    show_default=True,
+    help="Remove channel groups (structured) or, which saves no memory in training, single weights.",
+)
 @structure_options
 @click.option(
     "--importance",
     default="taylor",
     show_default=True,
-    help="random, magnitude[:l2|:l1] or taylor[:param_first|:vectorize|:param_second|:param_mix].",
+    help="Of channel groups: random, magnitude[:l2|:l1] or taylor[:param_first|:vectorize|:param_second|:param_mix].",
 )
-@click.option("--calibration", help="Texts for taylor: a .jsonl, .txt or .parquet file, a folder, or a dataset id.")
+@sparsity_options
+@click.option(
+    "--calibration",
+    help="Texts for taylor, sparsegpt and wanda: a .jsonl, .txt or .parquet file, a folder, or a dataset id.",
+)
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of random scores and the choice of calibration texts."
 )
 @click.option("--quantize", is_flag=True, help="Write NF4 directly.")
-@click.option("--device", help="Where to compute Taylor gradients and NF4, for example cuda. Default: cpu.")
+@click.option("--device", help="Where to compute Taylor gradients, Hessians and NF4, for example cuda. Default: cpu.")
 @write_options
 @hub_options
 @json_option
-def prune(base: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
-    """Prune BASE (Hub id or folder) into the release folder OUT."""
-    if dry_run:
-        from loram_hub.pruning import check_prune
+def prune(base: str, out: Path, method: str, dry_run: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """Prune BASE (Hub id or folder) into the release folder OUT.
 
-        del options["quantize"]
-        counts = check_prune(base, out, **options).to_dict()
+    The default method removes channel groups, by --pruning-ratio, and the model gets smaller. The others remove single
+    weights, by --pattern or --sparsity, and leave zeros in matrices of the same sizes.
+    """
+    if dry_run:
+        counts = _check_prune(base, out, method, options).to_dict()
         print_result(counts | {"would_write": str(out)}, as_json, lambda: print_counts(counts))
         return
-    from loram_hub import prune as prune_model
+    print_release(_prune(base, out, method, options).folder, as_json)
 
-    release = prune_model(base, out, **options)
-    print_release(release.folder, as_json)
+
+def _check_prune(base: str, out: Path, method: str, options: Mapping[str, Any]) -> ParameterCounts | SparseCounts:
+    chosen = {name: value for name, value in _arguments(method, options).items() if name != "quantize"}
+    if method == STRUCTURED:
+        from loram_hub.pruning import check_prune
+
+        return check_prune(base, out, **chosen)
+    from loram_hub.sparsification import check_sparsify
+
+    return check_sparsify(base, out, **chosen)
+
+
+def _prune(base: str, out: Path, method: str, options: Mapping[str, Any]) -> Release:
+    chosen = _arguments(method, options)
+    if method == STRUCTURED:
+        from loram_hub import prune as prune_model
+
+        return prune_model(base, out, **chosen)
+    from loram_hub import sparsify
+
+    return sparsify(base, out, **chosen)
+
+
+def _arguments(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `prune` or `sparsify`; raises `InvalidRequestError` for an option of the other one."""
+    if method == STRUCTURED:
+        given = given_options(SPARSITY)
+        if given:
+            raise InvalidRequestError(
+                f"{' and '.join(given)} removes single weights; --method structured, the default, removes channel "
+                "groups by --pruning-ratio. Add --method sparsegpt, or wanda or magnitude."
+            )
+        return {name: value for name, value in options.items() if name not in SPARSITY}
+    _refuse_structure(f"--method {method}")
+    from loram_hub.sparsification.settings import SparsitySettings
+
+    asked: dict[str, Any] = {"method": method, **{name: options[name] for name in SPARSITY}}
+    unused = (*SPARSITY, *STRUCTURE, "importance")
+    rest = {name: value for name, value in options.items() if name not in unused}
+    return {**rest, "settings": SparsitySettings(**asked)}
+
+
+def _refuse_structure(option: str) -> None:
+    """Raise `InvalidRequestError` if channel groups were asked for as well as single weights."""
+    given = given_options((*STRUCTURE, "importance"))
+    if given:
+        raise InvalidRequestError(
+            f"{', '.join(given)} says which channel groups go; {option} removes single weights, in every layer. Leave "
+            "out one or the other."
+        )
 
 
 @main.command(epilog="Example: loram quantize PRUNED OUT")

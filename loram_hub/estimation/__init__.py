@@ -2,7 +2,8 @@
 
 Nothing is measured here, and nothing is read. `costs` tells what making a release needs on a machine (`hardware`).
 `training` tells what a fine-tuning (`settings`, `options`) holds in the memory of a GPU (`gpus`), `standing` what of it
-is there all the time, `layers` what a decoder layer adds; `solving` reads that backward.
+is there all the time, `layers` what a decoder layer adds; `solving` reads that backward. `sparsity` counts what is left
+where single weights are removed.
 """
 
 from loram_hub.estimation.costs import (
@@ -23,6 +24,7 @@ from loram_hub.estimation.options import MemoryOptions
 from loram_hub.estimation.settings import Optimizer, Reserves, TrainingShape, chosen_targets
 from loram_hub.estimation.sizes import SIXTEEN_BIT, ModelSize, model_size
 from loram_hub.estimation.solving import Largest, largest_settings, largest_that_fits, smallest_ratio
+from loram_hub.estimation.sparsity import SparseCounts, mask_memory, planned_sparse_counts, sparse_counts
 from loram_hub.estimation.training import MemoryBreakdown, training_memory
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "ModelSize",
     "Optimizer",
     "Reserves",
+    "SparseCounts",
     "TrainingShape",
     "activation_bytes",
     "align_cost",
@@ -47,11 +50,14 @@ __all__ = [
     "gpu_memory",
     "largest_settings",
     "largest_that_fits",
+    "mask_memory",
     "model_size",
+    "planned_sparse_counts",
     "prune_cost",
     "quantize_cost",
     "refit_cost",
     "smallest_ratio",
+    "sparse_counts",
     "teach_cost",
     "training_memory",
     "transfer_cost",

@@ -16,6 +16,10 @@ Per token a layer keeps for its backward pass
                  in 16 bit on an NF4 release (TRL converts it) and in fp32 on a 16-bit one, where each target converts
                  its input for itself
 
+Masked LoRA on a sparse release (`loram_hub.masked_lora`) keeps the input of each target, which it shares, instead of
+all this: no dropped copy, nothing of `lora_A`. While a matrix of E elements is multiplied, forward or backward, its
+update is there as a whole, 2 E bytes, with what unpacks its mask, 3 E / 2, or with the dequantized weight, 2 E.
+
 An NF4 matrix keeps nothing: bitsandbytes' backward pass dequantizes the codes again (`MatMul4Bit`). That takes a whole
 weight in 16 bit and its scales in fp32, for one matrix at a time, and so does its forward pass above a few hundred
 tokens.
@@ -41,6 +45,8 @@ from loram_hub.plan import NF4_BLOCK
 COMPUTED = 2
 """Bytes of a number that is computed with: bf16 or fp16."""
 _FP32 = 4
+_UNPACKED_MASK = 3
+"""Half bytes per weight while a mask is unpacked: a truth value, and the index of its octet in 32 bit."""
 _CAPS_SCORES = frozenset({"gemma2"})
 """Families whose attention is `eager`, for no kernel caps scores."""
 
@@ -63,6 +69,8 @@ class Batch:
     """Last names of the projections that have LoRA."""
     quantized: bool
     """Whether projections are NF4."""
+    masked: bool = False
+    """Whether LoRA is masked."""
 
     @property
     def tokens(self) -> int:
@@ -140,7 +148,8 @@ class _Layer:
 
     def _keeps_input_of(self, names: frozenset[str]) -> bool:
         """Whether targets keep the tensor itself that goes into them, which dropout and conversion copy."""
-        return self.batch.quantized and not self.batch.dropout and bool(self.batch.targets & names)
+        makes_no_copy = self.batch.masked or (self.batch.quantized and not self.batch.dropout)
+        return makes_no_copy and bool(self.batch.targets & names)
 
     @property
     def _keeps_mlp_input(self) -> bool:
@@ -162,7 +171,11 @@ class _Layer:
             workspace=down + 2 * down_scales,
         )
         # A 16-bit release has its adapter in fp32: PEFT converts the input, which is dropped out in fp32.
-        copies = 0 if self.batch.quantized else self._targets("down_proj") * (1 + (self.batch.dropout > 0))
+        copies = (
+            0
+            if self.batch.quantized or self.batch.masked
+            else self._targets("down_proj") * (1 + (self.batch.dropout > 0))
+        )
         converted = copies * _FP32 // COMPUTED * self.channels
         yield Moment(name="LoRA of down_proj", activations=self.kept + running + self.hidden + converted, workspace=0)
         yield Moment(
@@ -255,6 +268,8 @@ class _Layer:
             return 0
         _, columns = self.architecture.shape(weight, self.sizes)
         n = self.batch.tokens
+        if self.batch.masked:
+            return COMPUTED * n * columns if name == "down_proj" else 0
         if self.batch.dropout:
             return n * (COMPUTED * self.batch.rank + (COMPUTED + 1) * columns)
         is_there = self.batch.quantized and name != "down_proj"  # shared by targets, or what attention keeps
@@ -262,12 +277,13 @@ class _Layer:
         return n * (COMPUTED * self.batch.rank + own)
 
     def _dequantized(self, name: str) -> tuple[int, int]:
-        """Bytes of a dequantized weight and of its scales in fp32."""
-        if not self.batch.quantized:
-            return 0, 0
+        """Bytes of a dequantized weight, with its update if LoRA on it is masked, and of its scales in fp32."""
         weight = next(each for each in self.architecture.projections if each.module.rpartition(".")[2] == name)
         elements = math.prod(self.architecture.shape(weight, self.sizes))
-        return COMPUTED * elements, _FP32 * -(-elements // NF4_BLOCK)
+        dense = COMPUTED * elements if self.batch.quantized else 0
+        if self.batch.masked and self._targets(name):
+            dense = COMPUTED * elements + max(dense, _UNPACKED_MASK * elements // 2)
+        return dense, _FP32 * -(-elements // NF4_BLOCK) if self.batch.quantized else 0
 
 
 _ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})

@@ -52,6 +52,8 @@ class TrainingShape:
     """Whether activations are computed again in the backward pass."""
     padded: bool | None = None
     """Whether batches have padding, and thus a mask; None where they have more than one sequence."""
+    masked_lora: bool = False
+    """Whether LoRA on a sparse release is masked: each update is formed as a whole, and zero where the weight is."""
     options: MemoryOptions = field(default_factory=MemoryOptions)
     """Where embedding and lm_head are."""
     processes: int = 1

@@ -4,6 +4,7 @@
     scales        NF4: a byte for 64 elements, 4 bytes for 256 of these, and for each matrix its two code tables and
                   offset (64 + 1,024 + 4 bytes), as bitsandbytes keeps them
     rest          embedding, lm_head, norms and biases in 16 bit, less what `MemoryOptions` take away
+    masks         of masked LoRA: a bit for each weight of a target, rows of whole bytes
     adapter       r (rows + columns) for each target: 2 bytes on an NF4 release, as TRL converts it, else 4
     gradients     as many; several processes have another copy in the buckets of DistributedDataParallel
     optimizer     two moments. torch's AdamW: in the type of the adapter. 8 bit: a byte each, and 4 bytes each for 256
@@ -19,7 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from loram_hub.architecture import Architecture, LayerSizes
+from loram_hub.architecture import Architecture, LayerSizes, Weight
 from loram_hub.estimation.layers import COMPUTED
 from loram_hub.estimation.settings import Optimizer, TrainingShape
 from loram_hub.plan import NF4_BLOCK, NF4_NESTED_BLOCK
@@ -70,6 +71,7 @@ def standing_memory(
         "embedding": embedding,
         "lm_head": head,
         "rest": sum(_block(COMPUTED * each) * count for each, count in others.items()),
+        "masks": _mask_bytes(architecture, layers, targets) if shape.masked_lora else 0,
         "adapter": adapter,
         "gradients": adapter * (2 if shape.processes > 1 else 1),
         "optimizer": sum(_optimizer_bytes(each, shape.optimizer, item) * count for each, count in factors.items()),
@@ -86,6 +88,15 @@ def _weights(architecture: Architecture, layers: Sequence[LayerSizes]) -> tuple[
     return matrices, others
 
 
+def _mask_bytes(architecture: Architecture, layers: Sequence[LayerSizes], targets: frozenset[str]) -> int:
+    shapes = [architecture.shape(weight, architecture.whole_layer) for weight in _targeted(architecture, targets)]
+    return len(layers) * sum(_block(rows * -(-columns // 8)) for rows, columns in shapes)
+
+
+def _targeted(architecture: Architecture, targets: frozenset[str]) -> list[Weight]:
+    return [weight for weight in architecture.projections if weight.module.rpartition(".")[2] in targets]
+
+
 def factor_counts(
     architecture: Architecture, layers: Sequence[LayerSizes], rank: int, targets: frozenset[str]
 ) -> Mapping[int, int]:
@@ -99,10 +110,9 @@ def factor_counts(
     """
     found: Counter[int] = Counter()
     for sizes, count in Counter(layers).items():
-        for weight in architecture.projections:
-            if weight.module.rpartition(".")[2] in targets:
-                for side in architecture.shape(weight, sizes):
-                    found[rank * side] += count
+        for weight in _targeted(architecture, targets):
+            for side in architecture.shape(weight, sizes):
+                found[rank * side] += count
     return found
 
 

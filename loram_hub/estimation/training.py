@@ -24,6 +24,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from loram_hub.architecture import Architecture, LayerSizes
+from loram_hub.errors import InvalidRequestError
 from loram_hub.estimation.layers import COMPUTED, Batch, LayerActivations, layer_activations
 from loram_hub.estimation.options import HEAD_PIECE
 from loram_hub.estimation.settings import MIB, TrainingShape, chosen_targets
@@ -49,6 +50,8 @@ class MemoryBreakdown:
     """An lm_head of its own."""
     rest: int
     """Norms and biases."""
+    masks: int
+    """Of masked LoRA, a bit per weight; 0 if it is not masked."""
     adapter: int
     """LoRA factors."""
     gradients: int
@@ -97,7 +100,7 @@ class MemoryBreakdown:
 
 
 _STANDING = (
-    "projections", "scales", "embedding", "lm_head", "rest", "adapter", "gradients", "optimizer", "context",
+    "projections", "scales", "embedding", "lm_head", "rest", "masks", "adapter", "gradients", "optimizer", "context",
 )  # fmt: skip
 
 
@@ -120,9 +123,15 @@ def training_memory(
         Bytes by component at the highest moment.
 
     Raises:
-        InvalidRequestError: a target is no module of the model, or the memory options do not fit tied embeddings.
+        InvalidRequestError: a target is no module of the model, the memory options do not fit tied embeddings, or
+            masked LoRA is to train a structured release.
         UnsupportedAdapterError: a target is the lm_head.
     """
+    if shape.masked_lora and any(sizes != architecture.whole_layer for sizes in layers):
+        raise InvalidRequestError(
+            "Masked LoRA is for sparse releases; of a structured one, what was pruned is not there, so that there is "
+            "nothing to mask."
+        )
     targets = chosen_targets(architecture, shape.targets)
     standing = standing_memory(architecture, layers, shape, targets, quantized=quantized)
     moment = max(
@@ -168,6 +177,7 @@ def _moments(
         dropout=shape.dropout,
         targets=targets,
         quantized=quantized,
+        masked=shape.masked_lora,
     )
     hidden = COMPUTED * shape.tokens * architecture.hidden_size
     by_size: dict[LayerSizes, LayerActivations] = {

@@ -28,9 +28,10 @@ from loram_hub.alignment.launch import peers_needed
 from loram_hub.errors import InvalidRequestError, LoramError
 from loram_hub.files import read_json, resource_errors
 from loram_hub.finetuning.checkpoints import SEAL_FILE, checkpoint_folder, seal_checkpoint, steps_in
-from loram_hub.finetuning.origins import adapter_in, pin_release_, release_of, write_origin
+from loram_hub.finetuning.origins import adapter_in, pin_release_, release_of, was_masked, write_origin
 from loram_hub.finetuning.resuming import check_arguments, check_start, delete_old, has_damaged_best
 from loram_hub.hub import METADATA_FILES, resolve
+from loram_hub.masked_lora import is_masked
 from loram_hub.recovery import recover
 from loram_hub.release import Release, open_metadata
 
@@ -149,7 +150,7 @@ class RecoverCallback(TrainerCallback):
         checkpoint = checkpoint_folder(_run_of(args), state.global_step)
         adapter = adapter_in(checkpoint, model)
         if not (adapter / RECORD).exists() and not (checkpoint / SEAL_FILE).exists():
-            write_origin(adapter, self._release)
+            write_origin(adapter, self._release, masked=is_masked(model))
         recover(
             adapter, self._folder(args, state.global_step), release=self._release.folder, dtype=self._dtype,
             overwrite=True,
@@ -220,7 +221,8 @@ class SealCallback(TrainerCallback):
         """Check what the run resumes from, and that it does not begin behind a checkpoint that is whole.
 
         Raises:
-            InvalidRequestError: the Trainer's settings do not go with sealed checkpoints, or the run had ended.
+            InvalidRequestError: the Trainer's settings do not go with sealed checkpoints, the run had ended, or it was
+                masked and is not, or the other way round.
             VerificationError: the checkpoint that was resumed from is torn.
             PlanMismatchError: it is of another release.
         """
@@ -234,6 +236,7 @@ class SealCallback(TrainerCallback):
         run = _run_of(args)
         doing = f"Looking at the checkpoints in {run}"
         _on_first_process(lambda: check_start(run, state, args.world_size, release), doing)
+        _on_first_process(lambda: _check_masking(checkpoint_folder(run, state.global_step), kwargs["model"]), doing)
         if _on_first_process(lambda: has_damaged_best(run, state), doing):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
@@ -258,7 +261,7 @@ class SealCallback(TrainerCallback):
             if release is not None and isinstance(model, PeftModel):
                 adapter = adapter_in(checkpoint, model)
                 if not (adapter / RECORD).exists():
-                    write_origin(adapter, release)
+                    write_origin(adapter, release, masked=is_masked(model))
             seal_checkpoint(
                 checkpoint,
                 max_steps=state.max_steps,
@@ -274,6 +277,19 @@ class SealCallback(TrainerCallback):
 def _run_of(args: TrainingArguments) -> Path:
     assert args.output_dir is not None, "TrainingArguments gives it a default"
     return Path(args.output_dir)
+
+
+def _check_masking(checkpoint: Path, model: nn.Module) -> None:
+    """Check that a run which resumes is masked if it was, and only then."""
+    if not checkpoint.is_dir() or not isinstance(model, PeftModel):
+        return
+    adapter = adapter_in(checkpoint, model)
+    if (adapter / RECORD).exists() and was_masked(adapter) != is_masked(model):
+        has, needs = ("is not", "Call mask_lora_(trainer.model)") if was_masked(adapter) else ("is", "Do not mask it")
+        raise InvalidRequestError(
+            f"{checkpoint} was trained {'' if was_masked(adapter) else 'un'}masked, and the model {has} masked now. "
+            f"{needs} before training, or begin a new run."
+        )
 
 
 def _is_sharded(model: nn.Module) -> bool:

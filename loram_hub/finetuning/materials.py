@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from loram_hub.adapter import LM_HEAD_MODULE, linear_modules, module_shape
 from loram_hub.checkpoint import COMPANIONS, CONFIG
 from loram_hub.errors import CheckpointError, InvalidRequestError, UnsupportedAdapterError
-from loram_hub.finetuning.recipe import ALL_PROJECTIONS, DataSection, FinetuneRecipe
+from loram_hub.finetuning.recipe import ALL_PROJECTIONS, MASKED_BY_DEFAULT, DataSection, FinetuneRecipe
 from loram_hub.hub import METADATA_FILES, Source, find_base, resolve
 from loram_hub.instructions import check_tokenizer
 from loram_hub.release import Release, open_metadata
@@ -33,6 +33,8 @@ class Materials:
     """Modules that get an adapter, by last name or full path, ascending."""
     modules: tuple[str, ...]
     """Full paths of them."""
+    is_masked: bool
+    """Whether the update is masked; on a sparse release alone."""
     foreign_template: str | None
     """Chat template of a tokenizer that the recipe named, where it is not the release's."""
 
@@ -59,7 +61,7 @@ def open_materials(recipe: FinetuneRecipe, *, token: str | bool | None = None) -
         CheckpointError: there is no such release, or it has no tokenizer.
         VerificationError: the release was altered or torn.
         IncompatibleError: it was not made from `recipe.base`.
-        InvalidRequestError: it has no such module as is targeted.
+        InvalidRequestError: it has no such module as is targeted, or nothing to mask.
         UnsupportedAdapterError: the lm_head is targeted.
         AccessError: the Hub refused or could not be reached.
     """
@@ -77,8 +79,20 @@ def open_materials(recipe: FinetuneRecipe, *, token: str | bool | None = None) -
         tokenizer=tokenizer,
         targets=_names(recipe.lora.targets, release),
         modules=modules,
+        is_masked=_is_masked(recipe, release, source.id),
         foreign_template=None if _template(tokenizer) == _template(own) else _template(tokenizer),
     )
+
+
+def _is_masked(recipe: FinetuneRecipe, release: Release, name: str) -> bool:
+    asked = recipe.lora.masked
+    is_sparse = release.manifest.is_sparse
+    if asked and not is_sparse:
+        raise InvalidRequestError(
+            f"lora.masked is true, and {name} is a structured release: what was pruned is not there, so that there is "
+            "nothing to mask. Leave it out, or name a sparse release."
+        )
+    return is_sparse and (MASKED_BY_DEFAULT if asked is None else asked)
 
 
 def _named_tokenizer(data: DataSection, source: Source, token: str | bool | None) -> PreTrainedTokenizerBase:

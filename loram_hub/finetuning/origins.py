@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from peft import PeftModel
 
-from loram_hub.adapter import CONFIG, RECORD
+from loram_hub.adapter import CONFIG, MASKED_FIELD, RECORD
 from loram_hub.errors import CheckpointError, InvalidRequestError
-from loram_hub.files import dump_json, resource_errors
+from loram_hub.files import dump_json, read_json, resource_errors
 from loram_hub.hub import source_of
 from loram_hub.release import Release
 
@@ -42,16 +42,27 @@ def pin_release_(model: nn.Module | None, release: Release) -> None:
                 config.revision = config.revision or source.commit
 
 
-def write_origin(adapter: Path, release: Release) -> None:
-    """Write `loram.json` beside an adapter that was trained on a release: the digest of its plan.
+def write_origin(adapter: Path, release: Release, *, masked: bool = False) -> None:
+    """Write `loram.json` beside an adapter that was trained on a release: the digest of its plan, and how it trained.
 
     Name and commit of the release are in `adapter_config.json`, where PEFT has places for them.
+
+    Args:
+        adapter: its folder.
+        release: that it lives on.
+        masked: whether its update is masked, see `loram_hub.masked_lora`.
 
     Raises:
         ResourceError: the disk is full or cannot be written to.
     """
+    values = {"plan_sha256": release.plan.digest} | ({MASKED_FIELD: True} if masked else {})
     with resource_errors(f"Writing {adapter}"):
-        (adapter / RECORD).write_text(dump_json({"plan_sha256": release.plan.digest}), encoding="utf-8")
+        (adapter / RECORD).write_text(dump_json(values), encoding="utf-8")
+
+
+def was_masked(adapter: Path) -> bool:
+    """Whether an adapter's record says that it was trained masked."""
+    return (adapter / RECORD).is_file() and read_json(adapter / RECORD).get(MASKED_FIELD) is True
 
 
 def adapter_in(checkpoint: Path, model: nn.Module | None) -> Path:

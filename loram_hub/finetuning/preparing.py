@@ -64,6 +64,8 @@ class Prepared:
         recipe = {name: value for name, value in asdict(self.recipe).items() if name not in _FREE}
         recipe["memory"] = {name: value for name, value in recipe["memory"].items() if name not in _FREE_MEMORY}
         recipe["training"] = {**recipe["training"], "steps": self.schedule.steps, "micro_batch": None}
+        is_sparse = self.materials.release.manifest.is_sparse
+        recipe["lora"] = {**recipe["lora"], "masked": self.materials.is_masked if is_sparse else None}
         report = self.data.report
         values = {
             "release_sha256": sha256_of(self.materials.release.folder / MANIFEST),
@@ -98,6 +100,11 @@ def prepare(recipe: FinetuneRecipe, folder: RunFolder, processes: Processes, *, 
     check_trackers(recipe.report_to)
     _check_options(recipe, processes)
     materials = open_materials(recipe, token=token)
+    if materials.is_masked and recipe.distributed.sharding == "fsdp":
+        raise IncompatibleError(
+            "lora.masked is true and distributed.sharding is fsdp: masked updates of parameters that FSDP shares out "
+            "are not supported. Say `masked: false`, or `sharding: ddp`."
+        )
     sizing = size_of(recipe, materials, processes)
     data = read_instructions(
         recipe.data.train,

@@ -19,6 +19,9 @@ from loram_hub.recipes import PATH
 HELD_OUT = "held_out"
 """Name of the evaluation set that is taken out of the training data."""
 
+MASKED_BY_DEFAULT = False
+"""Whether adapters of sparse releases are trained masked where a recipe does not say."""
+
 ALL_PROJECTIONS = "all-linear"
 """Target that stands for the projections of every layer, without the lm_head."""
 
@@ -64,6 +67,9 @@ class LoraSection:
     """Share of inputs of the adapter that is dropped in training, from 0 to below 1."""
     targets: tuple[str, ...] = (ALL_PROJECTIONS,)
     """Modules that get an adapter, by their last name (`q_proj`) or full path; `all-linear` is every projection."""
+    masked: bool | None = None
+    """On a sparse release: whether the update is masked as the weights are, as the LoRAM paper has it, at up to twice
+    the time of a step. Left out, it is not. On a structured release there is nothing to mask."""
 
     def __post_init__(self) -> None:
         """Check ranges; raises `InvalidRequestError`."""

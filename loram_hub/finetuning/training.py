@@ -28,8 +28,10 @@ from loram_hub.finetuning.processes import Processes, peer_errors
 from loram_hub.finetuning.recipe import FinetuneRecipe
 from loram_hub.finetuning.schedule import Schedule
 from loram_hub.instructions import Instructions
+from loram_hub.masked_lora import mask_lora_
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,8 @@ def train(
             peft_config=lora_config(recipe, materials),
             callbacks=_callbacks(recipe),
         )
+        if materials.is_masked:
+            mask_lora_(cast("PeftModel", trainer.model))
         trainer.remove_callback(PrinterCallback)
         if trainer.args.fp16:
             _lift_factors_(cast("torch.nn.Module", trainer.model))

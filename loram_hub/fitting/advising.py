@@ -56,6 +56,8 @@ def _changes(subject: Subject, shape: TrainingShape) -> Iterator[tuple[str, str,
     quantized = subject.quantized
     if not quantized:
         yield "train on an NF4 release of it ('loram quantize')", "", shape, True
+    if shape.masked_lora:
+        yield "plain LoRA, not masked", "--plain-lora", replace(shape, masked_lora=False), quantized
     if not shape.checkpointing:
         yield "gradient checkpointing", "--checkpointing", replace(shape, checkpointing=True), quantized
     for change, option, changed in (*_smaller(shape), *_memory_options(subject.architecture, shape)):

@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from loram_hub.errors import InvalidRequestError
 from loram_hub.estimation import (
     GpuMemory,
     Largest,
@@ -36,8 +37,8 @@ class Fit:
     largest: Largest
     """Sequence, micro-batch and rank up to which everything fits, each while the others stay."""
     smallest_ratio: float | None
-    """Pruning ratio of the base from which on every one fits, in thousandths; None for a release, and where even the
-    largest does not fit."""
+    """Ratio of structured pruning of the base from which on every one fits, in thousandths, with plain LoRA; None for a
+    structured release, and where even the largest does not fit."""
     advice: tuple[Advice, ...]
     """Changes that save memory, the largest saving first."""
 
@@ -59,6 +60,7 @@ class Fit:
             "commit": subject.commit,
             "kind": subject.kind,
             "quantized": subject.quantized,
+            "sparse": subject.is_sparse,
             "stored_bytes": subject.stored_bytes,
             "gpu": asdict(self.gpu),
             "shape": asdict(self.shape),
@@ -88,7 +90,8 @@ def estimate_memory(
     """Estimate the memory of a fine-tuning, from configs and headers alone; no weights are downloaded or read.
 
     Args:
-        target: folder or Hub id of a release; config file, folder or Hub id of a base model.
+        target: folder or Hub id of a release; config file, folder or Hub id of a base model. A sparse release takes
+            what its base takes.
         gpu: its memory (`20GB`) or name (`rtx4090`).
         shape: how it is trained; None for the defaults of `TrainingShape`.
         pruning_ratio: of a base model, in [0, 1); None for the base model as it is.
@@ -104,7 +107,7 @@ def estimate_memory(
 
     Raises:
         InvalidRequestError: a setting is out of range, a target is no module of the model, or the memory options do
-            not fit tied embeddings; a release is given what its plan decides.
+            not fit tied embeddings; a release is given what its plan decides, or masked LoRA and is not sparse.
         UnsupportedAdapterError: a target is the lm_head.
         VerificationError: the release was altered, or a weight file is not the one that its manifest lists.
         IncompatibleError: the family is unknown, or plan and weights do not fit.
@@ -123,10 +126,16 @@ def estimate_memory(
         target, settings=settings, quantized=quantized, structure=structure, revision=revision, token=token
     )
     shape = shape or TrainingShape()
+    if shape.masked_lora and subject.kind != "base model" and not subject.is_sparse:
+        raise InvalidRequestError(
+            f"{target} is or will be a structured release: what was pruned is not there, so that there is nothing to "
+            "mask. Leave out masked LoRA."
+        )
     fit = fit_of(subject, shape, memory)
-    if subject.kind == "release":
+    if subject.kind == "release" and not subject.is_sparse:
         return fit
-    ratio = smallest_ratio(subject.architecture, shape, memory.nbytes, quantized=subject.quantized, **structure)
+    plain = replace(shape, masked_lora=False)
+    ratio = smallest_ratio(subject.architecture, plain, memory.nbytes, quantized=subject.quantized, **structure)
     return replace(fit, smallest_ratio=ratio)
 
 

@@ -15,10 +15,10 @@ from loram_hub.files import read_json
 from loram_hub.hub import METADATA_FILES, Source, look_up, remote_headers, resolve
 from loram_hub.plan import PruningSettings, planned_sizes
 from loram_hub.release import NF4_PARTS, Release, is_release, open_metadata, open_release
-from loram_hub.release.contents import is_weights
+from loram_hub.release.contents import is_large, is_weights
 from loram_hub.release.nf4 import check_parts
 from loram_hub.release.opening import weights_of
-from loram_hub.release.weights import packed_matrices
+from loram_hub.release.weights import projection_shapes
 from loram_hub.tensors import TensorInfo
 
 _STATE = NF4_PARTS[-1]
@@ -42,6 +42,8 @@ class Subject:
     """Whether its projections are, or will be loaded as, NF4."""
     stored_bytes: int | None
     """Bytes of the tensors of a release, by its headers; None for what has no weights yet."""
+    is_sparse: bool = False
+    """Whether it is a release with zeros in matrices of the base's sizes."""
 
 
 def find_subject(
@@ -118,14 +120,14 @@ def _release(source: Source, token: str | bool | None, *, is_local: bool) -> Sub
         layers=release.plan.layers,
         quantized=release.is_quantized,
         stored_bytes=sum(info.nbytes for name, info in tensors.items() if not name.endswith(_STATE)),
+        is_sparse=release.is_sparse,
     )
 
 
 def _remote_weights(release: Release, source: Source, token: str | bool | None) -> dict[str, TensorInfo]:
-    """Check weights on the Hub: each file's size and hash as the Hub states them, each tensor by its header."""
-    weights = sorted(name for name in release.manifest.files if is_weights(name))
+    """Check weights and masks on the Hub: size and hash of files as the Hub states them, each weight by its header."""
     there = look_up(source.id, revision=source.commit, token=token)
-    for name in weights:
+    for name in sorted(filter(is_large, release.manifest.files)):
         found = None if there is None else there.files.get(name)
         entry = release.manifest.files[name]
         if found is None:
@@ -135,6 +137,7 @@ def _remote_weights(release: Release, source: Source, token: str | bool | None) 
                 f"{name} of {source.id} is not the file of its manifest: {found.size:,} bytes, SHA-256 "
                 f"{found.sha256}; {entry.size:,} bytes, {entry.sha256} are listed."
             )
+    weights = sorted(filter(is_weights, release.manifest.files))
     tensors = remote_headers(source.id, weights, revision=source.commit, token=token)
     _check_tensors(release, tensors, source.id)
     return tensors
@@ -142,7 +145,7 @@ def _remote_weights(release: Release, source: Source, token: str | bool | None) 
 
 def _check_tensors(release: Release, tensors: Mapping[str, TensorInfo], name: str) -> None:
     shapes = release.plan.tensor_shapes()
-    packed = packed_matrices(release.plan) if release.is_quantized else {}
+    packed = projection_shapes(release.plan) if release.is_quantized else {}
     known = set(shapes) | {f"{matrix}.{part}" for matrix in packed for part in NF4_PARTS}
     for unknown in sorted(set(tensors) - known):
         raise PlanMismatchError(f"{name} has a tensor {unknown!r:.200}, which the plan knows nothing of.")

@@ -12,6 +12,7 @@ LABELS = {
     "embedding": "embedding",
     "lm_head": "lm_head",
     "rest": "norms, biases",
+    "masks": "masks of LoRA",
     "adapter": "adapter",
     "gradients": "gradients",
     "optimizer": "optimizer",
@@ -33,9 +34,10 @@ def fit_text(fit: Fit) -> str:
 def _lines(fit: Fit) -> Iterator[str]:
     subject, shape = fit.subject, fit.shape
     weights = "NF4" if subject.quantized else "16 bit"
-    yield f"{subject.id}: {subject.kind}, {weights}"
+    yield f"{subject.id}: {'sparse ' if subject.is_sparse else ''}{subject.kind}, {weights}"
     yield (
-        f"sequences of {shape.sequence_length:,} tokens, micro-batch {shape.micro_batch}, rank {shape.rank}, "
+        f"sequences of {shape.sequence_length:,} tokens, micro-batch {shape.micro_batch}, rank {shape.rank}"
+        f"{' (masked)' if shape.masked_lora else ''}, "
         f"{shape.optimizer}, {'with' if shape.checkpointing else 'without'} gradient checkpointing"
     )
     options = shape.options
@@ -54,6 +56,10 @@ def _lines(fit: Fit) -> Iterator[str]:
         yield "What would lower it, each alone:"
         changes = [(f"{each.change}{' (enough)' if each.fits else ''}", -each.saved_bytes) for each in fit.advice]
         yield from _table(changes)
+    if subject.is_sparse:
+        yield (
+            "The zeros of a sparse release take as much memory as other weights: it trains in what its base trains in."
+        )
     yield "An estimate from formulas, not a measurement; the two reserves are assumptions."
 
 
@@ -66,10 +72,11 @@ def _solutions(fit: Fit) -> Iterator[str]:
     for what, value, unit in found:
         words = "not even 1 fits" if value is None else f"every {what} up to {value:,} {unit}".rstrip() + " fits"
         yield f"  {what}, all else as above: {words}"
-    if fit.subject.kind != "release":
+    if fit.subject.kind != "release" or fit.subject.is_sparse:
         ratio = fit.smallest_ratio
         words = "not even the largest fits" if ratio is None else f"every one from {ratio:.3f} on fits"
-        yield f"  pruning ratio: {words}"
+        what = "pruning ratio of a structured release of its base" if fit.subject.is_sparse else "pruning ratio"
+        yield f"  {what}: {words}"
 
 
 def gib(nbytes: int) -> str:

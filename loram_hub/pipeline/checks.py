@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from loram_hub.alignment.trackers import check_trackers
 from loram_hub.checkpoint import read_config
 from loram_hub.corpora import PackedStream, check_enough
 from loram_hub.errors import AccessError, InvalidRequestError, LoramError, MissingDependencyError
+from loram_hub.estimation import planned_sparse_counts
 from loram_hub.evaluation import encode_examples
 from loram_hub.files import sha256_of
 from loram_hub.hub import look_up, why_not_writable
@@ -29,9 +31,10 @@ from loram_hub.pipeline.materials import Materials
 from loram_hub.pipeline.preview import StagePreview
 from loram_hub.pipeline.recipe import Recipe
 from loram_hub.pipeline.room import check_disk, check_hardware, hardware_notes
-from loram_hub.pipeline.stages import Job, refuse_to_replace_edits, refuse_to_replace_edits_on_hub
+from loram_hub.pipeline.stages import PRUNED, Job, refuse_to_replace_edits, refuse_to_replace_edits_on_hub
 from loram_hub.plan import planned_sizes
 from loram_hub.pruning import check_prune
+from loram_hub.sparsification import SparsitySettings, check_sparsify
 from loram_hub.streaming import check_device
 from loram_hub.texts import dataset_id, read_examples
 
@@ -146,25 +149,53 @@ def _refuse_to_lose_files(job: Job, one: Assessed) -> None:
 
 def _check_prune(job: Job, found: Findings) -> None:
     recipe, materials = job.recipe, job.materials
-    method = parse_importance(recipe.prune.importance).method
     check_device(recipe.device)
-    planned_sizes(materials.architecture, recipe.prune.structure)
+    if recipe.prune.is_sparse:
+        pattern = recipe.prune.sparsity_settings.mask_pattern
+        planned_sparse_counts(materials.architecture, pattern, recipe.prune.sparsity)
+        _check_context(job)
+    else:
+        planned_sizes(materials.architecture, recipe.prune.structure)
     if materials.calibration is not None:
         read_examples(materials.calibration, limit=_LOOKED_AT)
     if not materials.has_weights and not Path(recipe.base).expanduser().is_dir():
         found.notes.append(f"The weights of {materials.base.id} are not here yet; they are looked at when they are.")
         return
+    (_check_sparsify if recipe.prune.is_sparse else _check_structured)(job)
+
+
+def _check_structured(job: Job) -> None:
+    stage = job.recipe.prune
+    method = parse_importance(stage.scores).method
     check_prune(
-        materials.base.folder,
-        job.work.folder / "pruned",
-        pruning_ratio=recipe.prune.structure.pruning_ratio,
-        importance="random" if method == "taylor" else recipe.prune.importance,  # the texts were looked at above
-        keep_first=recipe.prune.structure.keep_first,
-        keep_last=recipe.prune.structure.keep_last,
-        round_to=recipe.prune.structure.round_to,
-        seed=recipe.seed,
+        job.materials.base.folder,
+        job.work.folder / PRUNED,
+        **asdict(stage.structure),
+        importance="random" if method == "taylor" else stage.scores,  # the texts were looked at above
+        seed=job.recipe.seed,
         overwrite=True,
     )
+
+
+def _check_sparsify(job: Job) -> None:
+    settings = job.recipe.prune.sparsity_settings
+    without_texts = SparsitySettings(method="magnitude", sparsity=settings.sparsity, pattern=settings.pattern)
+    check_sparsify(  # the texts were looked at above
+        job.materials.base.folder,
+        job.work.folder / PRUNED,
+        settings=without_texts,
+        seed=job.recipe.seed,
+        overwrite=True,
+    )
+
+
+def _check_context(job: Job) -> None:
+    """Check that rows of calibration, where the recipe gives their length, are no longer than the base's context."""
+    tokens, longest = job.recipe.prune.tokens, _positions(job)
+    if tokens is not None and longest is not None and tokens > longest:
+        raise InvalidRequestError(
+            f"prune.tokens is {tokens:,}; the model has positions for {longest:,} tokens. Lower it, or leave it out."
+        )
 
 
 def _check_teach(job: Job, _: Findings) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,18 @@ from loram_hub.estimation import (
     Cost,
     Hardware,
     ModelSize,
+    SparseCounts,
     align_cost,
     evaluate_cost,
     model_size,
+    planned_sparse_counts,
     prune_cost,
     quantize_cost,
     refit_cost,
     teach_cost,
     transfer_cost,
 )
+from loram_hub.pipeline.costs import sparsify_cost
 from loram_hub.pipeline.recipe import Recipe
 from loram_hub.plan import Plan, PruningSettings, planned_sizes, pruned_layers
 from loram_hub.pruning import CALIBRATION_SAMPLES, CALIBRATION_TOKENS
@@ -115,12 +118,10 @@ def stage_costs(recipe: Recipe, architecture: Architecture) -> dict[str, Cost]:
     Returns:
         Costs by stage, in their order; first that of downloading the base.
     """
-    base = model_size(architecture)
-    pruned = model_size(architecture, planned_sizes(architecture, recipe.prune.structure))
-    method = recipe.prune.importance.partition(":")[0]
+    base, pruned = model_size(architecture), _pruned_size(recipe, architecture)
     costs = {
         DOWNLOAD: transfer_cost(base.bytes_16, kept=True),
-        "prune": prune_cost(base, pruned, method=method, tokens=CALIBRATION_SAMPLES * CALIBRATION_TOKENS),
+        "prune": _prune_cost(recipe, architecture, base, pruned),
     }
     if recipe.refit is not None:
         refit = recipe.refit.settings
@@ -138,6 +139,7 @@ def stage_costs(recipe: Recipe, architecture: Architecture) -> dict[str, Cost]:
     if recipe.align is not None:
         costs["align"] = _align_cost(recipe, architecture, pruned)
     final_bytes = pruned.bytes_16 if recipe.quantize is None else pruned.nf4_bytes
+    mask_bytes = sparse_counts_of(recipe, architecture).mask_bytes if recipe.prune.is_sparse else 0
     if recipe.quantize is not None:
         costs["quantize"] = quantize_cost(pruned)
     if recipe.evaluate is not None:
@@ -150,8 +152,35 @@ def stage_costs(recipe: Recipe, architecture: Architecture) -> dict[str, Cost]:
         )
     costs["card"] = Cost()
     if recipe.push is not None:
-        costs["push"] = transfer_cost(final_bytes, kept=False)
-    return costs
+        costs["push"] = transfer_cost(final_bytes + mask_bytes, kept=False)
+    return {name: _with_masks(name, cost, mask_bytes) for name, cost in costs.items()}
+
+
+def sparse_counts_of(recipe: Recipe, architecture: Architecture) -> SparseCounts:
+    """Count what is left of the base where single weights are removed."""
+    settings = recipe.prune.sparsity_settings
+    return planned_sparse_counts(architecture, settings.mask_pattern, settings.sparsity)
+
+
+def _pruned_size(recipe: Recipe, architecture: Architecture) -> ModelSize:
+    """Measure the pruned model; one that lost single weights computes and stores as many numbers as its base."""
+    if recipe.prune.is_sparse:
+        return model_size(architecture)
+    return model_size(architecture, planned_sizes(architecture, recipe.prune.structure))
+
+
+def _prune_cost(recipe: Recipe, architecture: Architecture, base: ModelSize, pruned: ModelSize) -> Cost:
+    if recipe.prune.is_sparse:
+        return sparsify_cost(base, sparse_counts_of(recipe, architecture), recipe.prune.sparsity_settings)
+    method = recipe.prune.scores.partition(":")[0]
+    return prune_cost(base, pruned, method=method, tokens=CALIBRATION_SAMPLES * CALIBRATION_TOKENS)
+
+
+def _with_masks(name: str, cost: Cost, mask_bytes: int) -> Cost:
+    """Add the masks that lie beside the weights of a sparse release."""
+    if name not in ("align", "quantize"):
+        return cost
+    return replace(cost, output_bytes=cost.output_bytes + mask_bytes)
 
 
 def _align_cost(recipe: Recipe, architecture: Architecture, pruned: ModelSize) -> Cost:
@@ -159,9 +188,7 @@ def _align_cost(recipe: Recipe, architecture: Architecture, pruned: ModelSize) -
     on_gpu = (recipe.device or "cpu").startswith("cuda")
     precision = settings.precision if settings.precision != "auto" else "mixed" if on_gpu else "fp32"
     processes = settings.processes or 1
-    held = estimate(
-        plan_of_any_groups(architecture, recipe.prune.structure), settings, precision=precision, processes=processes
-    )
+    held = estimate(_plan_of(recipe, architecture), settings, precision=precision, processes=processes)
     shape = AlignmentShape(
         tokens=settings.tokens,
         sequence_length=settings.sequence_length,
@@ -183,6 +210,12 @@ def _held_out_tokens(recipe: Recipe) -> int:
     settings = recipe.align_settings
     evaluations = 1 + -(-settings.steps // settings.evaluate_every)
     return evaluations * len(recipe.align.corpora) * settings.held_out * settings.sequence_length
+
+
+def _plan_of(recipe: Recipe, architecture: Architecture) -> Plan:
+    if recipe.prune.is_sparse:
+        return Plan(architecture, {}, masks_sha256="")  # which weights it keeps does not matter to estimates
+    return plan_of_any_groups(architecture, recipe.prune.structure)
 
 
 def plan_of_any_groups(architecture: Architecture, structure: PruningSettings) -> Plan:
@@ -218,14 +251,14 @@ def describe(recipe: Recipe, architecture: Architecture) -> list[str]:
     hardware = recipe.hardware
     assert hardware is not None, "only a recipe that names its hardware can be described"
     costs = stage_costs(recipe, architecture)
-    base = model_size(architecture)
-    pruned = model_size(architecture, planned_sizes(architecture, recipe.prune.structure))
+    base, pruned = model_size(architecture), _pruned_size(recipe, architecture)
     seconds = {name: cost.seconds(hardware) for name, cost in costs.items()}
     disk = sum(cost.output_bytes for cost in costs.values()) + max(cost.scratch_bytes for cost in costs.values())
     most = max(costs, key=lambda name: costs[name].memory_bytes)
     lines = [
-        f"Parameters: {base.parameters:,} -> {pruned.parameters:,}; {size_text(pruned.bytes_16)} in bf16, "
-        f"{size_text(pruned.nf4_bytes)} in NF4",
+        f"Parameters: {base.parameters:,} -> {_parameters_left(recipe, architecture):,}; "
+        f"{size_text(pruned.bytes_16)} in bf16, {size_text(pruned.nf4_bytes)} in NF4"
+        + _masks_text(recipe, architecture),
         f"Hardware:   {_machine(hardware)}",
         f"Memory:     {size_text(costs[most].memory_bytes)} of each at most, in {most}",
         f"Disk:       {size_text(disk)}, of it {size_text(costs[DOWNLOAD].output_bytes)} for the base"
@@ -238,6 +271,18 @@ def describe(recipe: Recipe, architecture: Architecture) -> list[str]:
         *lines,
         *([] if price is None else [f"Cost:       ${price:,.0f} at ${hardware.price_per_gpu_hour:g} a GPU hour"]),
     ]
+
+
+def _parameters_left(recipe: Recipe, architecture: Architecture) -> int:
+    if recipe.prune.is_sparse:
+        return sparse_counts_of(recipe, architecture).pruned_parameters
+    return _pruned_size(recipe, architecture).parameters
+
+
+def _masks_text(recipe: Recipe, architecture: Architecture) -> str:
+    if not recipe.prune.is_sparse:
+        return ""
+    return f", zeros included; masks {size_text(sparse_counts_of(recipe, architecture).mask_bytes)}"
 
 
 def _machine(hardware: Hardware) -> str:

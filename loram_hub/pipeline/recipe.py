@@ -7,8 +7,9 @@ What two stages share is said once: the seed and the device stand at the top, an
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -20,27 +21,113 @@ from loram_hub.estimation import Hardware
 from loram_hub.hub import Gate
 from loram_hub.importance import parse_importance
 from loram_hub.plan import PruningSettings
-from loram_hub.recipes import FLAT, PATH
+from loram_hub.recipes import FLAT, PATH, keys_of
 from loram_hub.refitting.settings import RefitSettings
+from loram_hub.sparsification.settings import SparsitySettings
 from loram_hub.teaching.settings import TeachingSettings
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
+_STRUCTURED = ("pruning_ratio", "keep_first", "keep_last", "round_to", "importance")
+_MAGNITUDE = ("sparsity", "pattern")
+_WANDA = (*_MAGNITUDE, "samples", "tokens")
+_SPARSE = (*_WANDA, "dampening", "block_size")
+_KEYS = {"structured": _STRUCTURED, "sparsegpt": _SPARSE, "wanda": _WANDA, "magnitude": _MAGNITUDE}
+"""Keys that a method has, besides `calibration`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneStage:
-    """What is removed from the base model."""
+    """What is removed from the base model: channel groups, or single weights.
 
-    structure: PruningSettings = field(metadata={FLAT: ()})
-    """Ratio and whole layers."""
-    importance: str = "taylor"
-    """How channel groups are scored: `random`, `magnitude[:l1|:l2]` or `taylor[:param_first|:vectorize|...]`."""
+    Keys of the one way have no meaning for the other and are refused there, so none of them has a default here.
+    """
+
+    method: Literal["structured", "sparsegpt", "wanda", "magnitude"] = "structured"
+    """`structured` removes channel groups (LoRAM-Rand, LoRAM-Stru). The others remove single weights: shapes stay, and
+    training takes the memory of the base (LoRAM-Semi is `sparsegpt` with a pattern, LoRAM-Unst with a sparsity)."""
+    pruning_ratio: float | None = None
+    """Share removed of each prunable dimension of each pruned layer, in [0, 1); 0.85 in `loram-0.85`. `structured`
+    alone, which needs it."""
+    keep_first: int | None = None
+    """Layers at the start that stay whole; `structured` alone, where it is 4 if left out."""
+    keep_last: int | None = None
+    """Layers at the end that stay whole; `structured` alone, where it is 2 if left out."""
+    round_to: int | None = None
+    """Round the kept MLP channels up to a multiple of this (64 suits NF4); `structured` alone, where the paper's exact
+    count is kept if it is left out."""
+    importance: str | None = None
+    """How channel groups are scored: `random`, `magnitude[:l1|:l2]` or `taylor[:param_first|:vectorize|...]`;
+    `structured` alone, where it is `taylor` if left out."""
+    sparsity: float | None = None
+    """Share of the projections' weights that is removed, wherever they lie, in (0, 1). Every method but `structured`
+    needs this or `pattern`."""
+    pattern: str | None = None
+    """`"n:m"`, in quotes: n of every m consecutive inputs of an output are kept, as in `"4:8"`. Every method but
+    `structured` needs this or `sparsity`."""
+    dampening: float | None = None
+    """Share of the Hessian's mean diagonal that is added to it; `sparsegpt` alone, where it is 0.01 if left out."""
+    block_size: int | None = None
+    """Columns that are pruned before the others are updated; `sparsegpt` alone, where it is 128 if left out."""
+    samples: int | None = None
+    """Rows of calibration; `sparsegpt` and `wanda` alone, where it is 128 if left out."""
+    tokens: int | None = None
+    """Tokens in a row of calibration; `sparsegpt` and `wanda` alone, where it is 2048, or the base's context if that is
+    shorter, if left out."""
     calibration: str | None = field(default=None, metadata={PATH: ""})
-    """Texts for `taylor` and for the refit: a file, a folder or a dataset id (`org/name` or `org/name:config`)."""
+    """Texts for `taylor`, `sparsegpt`, `wanda` and the refit: a file, a folder or a dataset id (`org/name` or
+    `org/name:config`)."""
 
     def __post_init__(self) -> None:
-        """Check that there is such an importance; raises `InvalidRequestError`."""
-        parse_importance(self.importance)
+        """Check that the keys suit the method, and their values; raises `InvalidRequestError`."""
+        self._refuse_keys_of_others()
+        if self.is_sparse:
+            _ = self.sparsity_settings
+            return
+        parse_importance(self.scores)
+        if self.pruning_ratio is not None:  # a recipe without one is refused as a whole
+            _ = self.structure
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether single weights are removed."""
+        return self.method != "structured"
+
+    @property
+    def structure(self) -> PruningSettings:
+        """Ratio and whole layers; only if channel groups are removed."""
+        assert not self.is_sparse
+        assert self.pruning_ratio is not None
+        given = self._given(("keep_first", "keep_last", "round_to"))
+        return PruningSettings(pruning_ratio=self.pruning_ratio, **given)
+
+    @property
+    def scores(self) -> str:
+        """The importance of channel groups, with its default."""
+        return self.importance or "taylor"
+
+    @property
+    def sparsity_settings(self) -> SparsitySettings:
+        """Which weights are removed and how; only if single weights are."""
+        assert self.method != "structured"
+        return SparsitySettings(method=self.method, **self._given(_SPARSE))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the weights that go are chosen with the help of texts."""
+        return self.sparsity_settings.needs_calibration if self.is_sparse else self.scores.startswith("taylor")
+
+    def _given(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def _refuse_keys_of_others(self) -> None:
+        of_others = [name for name in self._given((*_STRUCTURED, *_SPARSE)) if name not in _KEYS[self.method]]
+        if of_others:
+            methods = [method for method, names in _KEYS.items() if of_others[0] in names]
+            raise InvalidRequestError(
+                f"{of_others[0]} is given, and method is {self.method}. That key belongs to {' and '.join(methods)}; "
+                f"{self.method} has {', '.join(_KEYS[self.method])}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,17 +265,31 @@ class Recipe:
             raise InvalidRequestError(f"repo_id is {self.repo_id!r}, which is no Hub id: {err}") from err
         if self.seed < 0:
             raise InvalidRequestError(f"seed is {self.seed}; a whole number from 0 is needed.")
-        if self.prune.calibration is None and (self.prune.importance.startswith("taylor") or self.refit is not None):
-            raise InvalidRequestError(
-                "prune.calibration is missing: Taylor importance and the refit need texts like those that the base was "
-                "trained on. Name a file, folder or dataset; importance magnitude and random need none."
-            )
-
+        self._check_prune()
         distillation = 0.0 if self.align is None else self.align.settings.distillation
         if (distillation > 0) != (self.teach is not None):
             raise InvalidRequestError(
                 f"align.distillation is {distillation:g}, and there is {'no' if self.teach is None else 'a'} section "
                 "teach; the one needs the other. An empty section, `teach: {}`, has the defaults."
+            )
+
+    def _check_prune(self) -> None:
+        prune = self.prune
+        if not prune.is_sparse and prune.pruning_ratio is None:
+            raise InvalidRequestError(
+                f"prune.pruning_ratio is missing. {keys_of(PruneStage)['pruning_ratio'].text} To remove single "
+                "weights, name a method and prune.sparsity or prune.pattern."
+            )
+        if prune.is_sparse and self.refit is not None:
+            raise InvalidRequestError(
+                f"There is a section refit, and prune.method is {prune.method}: a refit would fill the gaps that "
+                "single weights leave. Leave it out; sparsegpt solves for the kept weights while it prunes."
+            )
+        if prune.calibration is None and (prune.needs_calibration or self.refit is not None):
+            raise InvalidRequestError(
+                "prune.calibration is missing: Taylor importance, SparseGPT, Wanda and the refit need texts like those "
+                "that the base was trained on. Name a file, folder or dataset; importance magnitude and random, and "
+                "method magnitude, need none."
             )
 
     @property

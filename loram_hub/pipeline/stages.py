@@ -25,19 +25,23 @@ from loram_hub.importance import parse_importance
 from loram_hub.manifest import MANIFEST
 from loram_hub.pipeline.launching import align_in_processes, teach_in_processes
 from loram_hub.pipeline.materials import LICENSE, Materials
-from loram_hub.pipeline.recipe import Recipe
+from loram_hub.pipeline.recipe import PruneStage, Recipe
 from loram_hub.pipeline.remote import CARD, check_pushed, refuse_to_replace_card
 from loram_hub.pipeline.workspace import Workspace, remove
 from loram_hub.pruning import prune
 from loram_hub.pushing import push
 from loram_hub.quantization import quantize
 from loram_hub.refitting import refit
+from loram_hub.sparsification import sparsify
+from loram_hub.sparsification.finished import work_folder
 from loram_hub.teaching import TeacherShards
 from loram_hub.teaching.records import TEACHER
 from loram_hub.teaching.shards import shard_name
 
 STAGES = ("prune", "refit", "teach", "align", "quantize", "evaluate", "card", "push")
 """Names of all stages, in their order."""
+PRUNED = "pruned"
+"""Name of the folder of what `prune` makes."""
 Facts = Mapping[str, Any]
 
 
@@ -89,7 +93,7 @@ class Job:
         return self.recipe.device or "cpu"
 
     def _last_weights(self) -> str:
-        return "aligned" if self.recipe.align else "refitted" if self.recipe.refit else "pruned"
+        return "aligned" if self.recipe.align else "refitted" if self.recipe.refit else PRUNED
 
     def whole_base(self) -> Source:
         """Return the base with its weights, downloading them if they are not here."""
@@ -130,36 +134,36 @@ def release_digest(folder: Path) -> str:
 
 
 def _prune_stage(job: Job) -> Stage:
-    recipe, stage = job.recipe, job.recipe.prune
-    out = job.work.folder / "pruned"
-    needs_texts = stage.importance.startswith("taylor")
+    recipe, stage, out = job.recipe, job.recipe.prune, job.work.folder / PRUNED
+    begun = work_folder(out)
 
     def run() -> Facts:
-        prune(
-            str(job.whole_base().folder),
-            out,
-            **asdict(stage.structure),
-            importance=stage.importance,
-            calibration=job.materials.calibration if needs_texts else None,
-            seed=recipe.seed,
-            device=job.device,
-            overwrite=True,
-        )
+        base = str(job.whole_base().folder)
+        calibration = job.materials.calibration if stage.needs_calibration else None
+        common: dict[str, Any] = {"calibration": calibration, "seed": recipe.seed, "device": job.device}
+        if stage.is_sparse:
+            sparsify(base, out, settings=stage.sparsity_settings, overwrite=True, **common)
+        else:
+            remove(begun)  # of another method, cut off
+            prune(base, out, **asdict(stage.structure), importance=stage.scores, overwrite=True, **common)
         return {}
 
     return Stage(
         name="prune",
         output=out,
-        inputs=("base", "calibration") if needs_texts else ("base",),
-        part={
-            **asdict(stage.structure),
-            "importance": str(parse_importance(stage.importance)),
-            "seed": recipe.seed,
-            "device": job.device,
-        },
+        inputs=("base", "calibration") if stage.needs_calibration else ("base",),
+        part={**_prune_part(stage), "seed": recipe.seed, "device": job.device},
         run=run,
         digest=lambda _: release_digest(out),
+        resumes=stage.is_sparse,
+        leftovers=(begun,) if stage.is_sparse else (),
     )
+
+
+def _prune_part(stage: PruneStage) -> dict[str, Any]:
+    if stage.is_sparse:
+        return asdict(stage.sparsity_settings)
+    return {**asdict(stage.structure), "importance": str(parse_importance(stage.scores))}
 
 
 def _refit_stage(job: Job, *, after: Stage) -> Stage:

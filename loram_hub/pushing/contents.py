@@ -65,7 +65,7 @@ def release_content(folder: Path) -> Content:
         base_commit=manifest.base.commit,
         files=files,
         left_out=tuple(sorted(set(present) - set(files))),
-        message=f"LoRAM release of {manifest.base.id}, ratio {manifest.pruning.pruning_ratio:g}",
+        message=f"LoRAM release of {manifest.base.id}, {manifest.pruning.label}",
     )
 
 

@@ -83,8 +83,8 @@ def refit(
         The new release.
 
     Raises:
-        InvalidRequestError: the release is NF4, its family cannot be refitted to this target, calibration is missing
-            or too short, a matrix is not determined without a ridge, or `out_dir` exists.
+        InvalidRequestError: the release is NF4 or sparse, its family cannot be refitted to this target, calibration is
+            missing or too short, a matrix is not determined without a ridge, or `out_dir` exists.
         IncompatibleError: the base is not the one that the release was pruned from.
         VerificationError: activations are not finite.
         ResourceError: disk or memory ran out.
@@ -195,6 +195,12 @@ def _local_texts(calibration: Calibration) -> list[Path]:
 
 
 def _refuse_target(release: Release, settings: RefitSettings) -> None:
+    if release.is_sparse:
+        raise InvalidRequestError(
+            f"{release.folder} lost single weights (by {release.manifest.pruning.method}), and a refit would fill the "
+            "gaps again. SparseGPT solves for the kept weights while it prunes; where Wanda or magnitude leave too "
+            "much error, prune with method sparsegpt, or align the release."
+        )
     if release.is_quantized:
         raise InvalidRequestError(
             f"{release.folder} is NF4, whose weights cannot be solved for. Refit the unquantized release, quantize it "

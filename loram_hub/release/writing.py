@@ -55,8 +55,7 @@ def write_release(
 def seal_release(folder: Path, *, manifest: Manifest, plan: Plan, only: Collection[str] | None = None) -> None:
     """Write mask indexes and manifest into a folder that holds everything else.
 
-    Of a sparse release, what follows from its masks is filled in as well: `plan_sha256` and, for masks that the plan
-    does not name yet, `kept_weights` and `parameters`.
+    Of a sparse release, what follows from its masks is filled in as well: `plan_sha256`, `kept_weights`, `parameters`.
 
     Args:
         folder: with config and weights, of a sparse release masks too.
@@ -87,11 +86,11 @@ def _with_masks(folder: Path, manifest: Manifest, pruning: Sparsification, plan:
     sha256 = manifest.files[WEIGHT_MASKS].sha256
     if plan.masks_sha256 not in (None, sha256):
         raise PlanMismatchError(f"{folder / WEIGHT_MASKS} does not hold the masks that the plan names.")
-    parameters = manifest.parameters
-    if plan.masks_sha256 is None:
-        masks = open_masks(folder, plan, pruning)
-        prunable = sum(rows * columns for rows, columns in projection_shapes(plan).values())
-        pruning = replace(pruning, kept_weights=sum(map(masks.kept, masks.names)))
-        parameters = manifest.base.parameters - prunable + pruning.kept_weights
-    plan_sha256 = replace(plan, masks_sha256=sha256).digest
-    return replace(manifest, pruning=replace(pruning, plan_sha256=plan_sha256), parameters=parameters)
+    masks = open_masks(folder, plan, pruning)
+    kept_weights = sum(map(masks.kept, masks.names))
+    prunable = sum(rows * columns for rows, columns in projection_shapes(plan).values())
+    return replace(
+        manifest,
+        pruning=replace(pruning, kept_weights=kept_weights, plan_sha256=replace(plan, masks_sha256=sha256).digest),
+        parameters=manifest.base.parameters - prunable + kept_weights,
+    )

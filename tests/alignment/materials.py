@@ -11,6 +11,7 @@ from builders import save_base, save_tokenizer, tiny_config
 
 from loram_hub.corpora import Corpus
 from loram_hub.pruning import prune
+from loram_hub.sparsification import SparsitySettings, sparsify
 
 TOKENS = 16
 SETTINGS: dict[str, Any] = {
@@ -57,3 +58,10 @@ def save_corpora(folder: Path) -> list[Corpus]:
         Corpus(source=str(save_texts(folder / "steps.jsonl", stride=1)), weight=0.75),
         Corpus(source=str(save_texts(folder / "strides.jsonl", stride=3)), weight=0.25),
     ]
+
+
+def save_sparse_release(folder: Path) -> Path:
+    """Write a release of which 55 % of the projections' weights were removed, and return its folder."""
+    base = save_tokenizer(save_base(folder / "base", tiny_config()))
+    settings = SparsitySettings(method="magnitude", sparsity=0.55)
+    return sparsify(base, folder / "release", settings=settings).folder

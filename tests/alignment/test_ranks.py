@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from alignment.materials import SETTINGS, save_corpora, save_release, save_texts
+from alignment.materials import SETTINGS, save_corpora, save_release, save_sparse_release, save_texts
 from alignment.ranks import ROOT, RankForks, RunEnded
 from safetensors.torch import load_file
 
@@ -115,6 +115,32 @@ def test_a_run_goes_on_in_another_number_of_processes(
     assert [loss for _, loss in found[0]["losses"]] == pytest.approx([loss for _, loss in whole[0]["losses"]], rel=1e-5)
     for name, values in weights_of(tmp_path / "whole").items():
         assert torch.allclose(weights_of(tmp_path / "out")[name], values, atol=1e-4), name
+
+
+def test_the_zeros_of_a_sparse_release_stay_in_two_processes_and_across_a_kill(
+    forks: RankForks, corpora: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    sparse = save_sparse_release(tmp_path)
+    whole = forks.run("aligned", size=1, **order(sparse, tmp_path / "whole", corpora)).results
+    killed = forks.run("aligned", size=2, **order(sparse, tmp_path / "out", corpora, dies_before=5))
+    assert {rank.status for rank in killed.ranks} <= {-signal.SIGKILL, 1}
+
+    ended = forks.run("aligned", size=2, **order(sparse, tmp_path / "out", corpora))
+
+    found = ended.results
+    assert first_step(ended) == 4
+    assert [loss for _, loss in found[0]["losses"]] == pytest.approx([loss for _, loss in whole[0]["losses"]], rel=1e-5)
+    zeros = 0
+    for name, values in weights_of(tmp_path / "whole").items():
+        other = weights_of(tmp_path / "out")[name]
+        assert torch.allclose(other, values, atol=1e-4), name
+        assert torch.equal(other == 0, values == 0), name
+        zeros += int((other == 0).sum())
+    made, weights = verify(tmp_path / "out"), 0
+    assert made.weight_masks is not None
+    for name in made.weight_masks.names:
+        weights += made.weight_masks.read(name).size
+    assert zeros == pytest.approx(0.55 * weights, rel=1e-3)
 
 
 def test_kills_at_any_time_do_not_change_the_result(

@@ -1,10 +1,4 @@
-"""Held-out loss of every model that LoRAM touches: did training on the pruned model help the original one?
-
-Four models can be compared on the same tokens: the base, the pruned model (a release), the pruned model with the
-adapter trained on it, and the base with the recovered adapter. The loss is the mean over completion tokens of
--ln p(token | what stands before it), in nats; prompt tokens are read but not scored. Everything is deterministic;
-models are loaded one after another, never two at once.
-"""
+"""Each model in turn: load it, measure it, measure it with its adapter, forget it."""
 
 from __future__ import annotations
 
@@ -13,21 +7,25 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loram_hub.adapter import check_base, pinned_revision
+from loram_hub.adapter import MASKED_FIELD, RECORD, check_base, pinned_revision
 from loram_hub.auto import AutoLoramModel, supported_dtype
 from loram_hub.errors import InvalidRequestError, MissingDependencyError
+from loram_hub.evaluation.encoding import EncodedExample, encode_examples
+from loram_hub.evaluation.losses import held_out_loss
+from loram_hub.files import read_json
 from loram_hub.hub import ADAPTER_FILES, resolve
-from loram_hub.texts import Example, Specification, dataset_id, read_examples
+from loram_hub.manifest import Sparsification
+from loram_hub.release import Release
+from loram_hub.texts import Specification, dataset_id, read_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,39 +34,6 @@ logger = logging.getLogger(__name__)
 
 MODELS = ("base", "pruned", "pruned + adapter", "base + recovered adapter")
 """Names of the rows, in their order."""
-_IGNORED = -100
-_LARGEST_LOGITS = 2**28
-"""Most logits computed at once (1 GiB in fp32): a vocabulary of 128k times 2,048 positions."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedExample:
-    """An example as token ids, ready for any of the models."""
-
-    ids: tuple[int, ...]
-    """Prompt, completion and (for a task) the end-of-sequence token."""
-    scored_from: int
-    """Position of the first scored token, at least 1: nothing predicts the first token of a sequence."""
-
-    @property
-    def scored_tokens(self) -> int:
-        """Tokens that count in the loss."""
-        return len(self.ids) - self.scored_from
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOutLoss:
-    """Loss of one model on one set of examples."""
-
-    loss: float
-    """Mean over all scored tokens, in nats."""
-    tokens: int
-    """Scored tokens."""
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +47,7 @@ class EvaluationRow:
     perplexity: float | None
     """exp(loss); None where that is too large for a float."""
     parameters: int
-    """Parameters of the model, adapter included."""
+    """Parameters of the model, adapter included; without the weights that a sparse release removed."""
     memory_bytes: int
     """Bytes of its weights and buffers as loaded."""
     seconds: float
@@ -133,7 +98,7 @@ def evaluate(
         data: texts or prompt/completion tasks: a list, file, folder or Hub dataset id, see `loram_hub.texts`.
         base: the original model, folder or Hub id.
         release: the pruned model, folder or Hub id.
-        adapter: the adapter trained on the release.
+        adapter: the adapter trained on the release; masked, as it was trained, if its record says so.
         recovered: the recovered adapter, for the base.
         max_tokens: longer texts are split, longer tasks lose the start of their prompt.
         batch_size: sequences per forward pass at most; the result does not depend on it.
@@ -194,139 +159,6 @@ def _kind_of_device(device: str | None) -> str:
     return (device or "cpu").partition(":")[0]
 
 
-def encode_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 1024
-) -> tuple[list[EncodedExample], int]:
-    """Turn examples into token ids with the tokens that count marked.
-
-    Prompt and completion are tokenized together, as TRL does in training; what the prompt alone already determines is
-    not scored. A task ends with the end-of-sequence token, which is scored: when to stop is part of the task. A plain
-    text does not.
-
-    Args:
-        examples: tasks and texts.
-        tokenizer: of the models to be compared.
-        max_tokens: longest sequence, at least 2.
-
-    Returns:
-        The sequences, and how many examples were longer than `max_tokens`.
-
-    Raises:
-        InvalidRequestError: nothing is left to score, or `max_tokens` is below 2.
-    """
-    opening = len(tokenizer("")["input_ids"])
-    if max_tokens < opening + 2:
-        raise InvalidRequestError(f"max_tokens is {max_tokens}; at least {opening + 2} are needed to score one token.")
-    encoded: list[EncodedExample] = []
-    cut_examples = 0
-    for example in examples:
-        encode = _encode_task if example.prompt else _encode_text
-        sequences, is_cut = encode(example, tokenizer, opening, max_tokens)
-        encoded += [sequence for sequence in sequences if sequence.scored_tokens > 0]
-        cut_examples += is_cut
-    if not encoded:
-        raise InvalidRequestError(f"None of the {len(examples):,} examples has a token to score.")
-    return encoded, cut_examples
-
-
-def _encode_task(
-    example: Example, tokenizer: PreTrainedTokenizerBase, opening: int, max_tokens: int
-) -> tuple[list[EncodedExample], bool]:
-    prompt = tokenizer(example.prompt)["input_ids"]
-    ids = tokenizer(example.prompt + example.completion)["input_ids"]
-    if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
-        ids = [*ids, tokenizer.eos_token_id]
-    scored_from = _common_prefix(prompt, ids)
-    excess = max(0, len(ids) - max_tokens)
-    dropped = min(excess, scored_from - opening)
-    ids = (ids[:opening] + ids[opening + dropped :])[:max_tokens]
-    return [EncodedExample(tuple(ids), max(1, scored_from - dropped))], excess > 0
-
-
-def _encode_text(
-    example: Example, tokenizer: PreTrainedTokenizerBase, opening: int, max_tokens: int
-) -> tuple[list[EncodedExample], bool]:
-    ids = tokenizer(example.completion)["input_ids"]
-    width = max_tokens - opening
-    windows = [ids[:opening] + ids[start : start + width] for start in range(opening, len(ids), width)]
-    return [EncodedExample(tuple(window), max(1, opening)) for window in windows], len(windows) > 1
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((idx for idx, (a, b) in pairs if a != b), min(len(left), len(right)))
-
-
-def held_out_loss(model: nn.Module, encoded: Sequence[EncodedExample], *, batch_size: int = 8) -> HeldOutLoss:
-    """Measure a loaded model, a `PeftModel` included; what `evaluate` does for each of its rows.
-
-    The head runs on scored positions only: with a small model and a large vocabulary it costs more than the layers.
-
-    Args:
-        model: causal language model of transformers, on the device it is to run on.
-        encoded: sequences from `encode_examples`.
-        batch_size: sequences per forward pass at most.
-
-    Returns:
-        The mean over all scored tokens, summed in double precision.
-    """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    total = 0.0
-    with torch.no_grad():
-        for batch in _batches(encoded, batch_size, vocabulary=_vocabulary(model)):
-            total += _summed_loss(model, batch, device)
-    model.train(was_training)
-    tokens = sum(example.scored_tokens for example in encoded)
-    return HeldOutLoss(loss=total / tokens, tokens=tokens)
-
-
-def _vocabulary(model: nn.Module) -> int:
-    config = model.config
-    assert isinstance(config, PreTrainedConfig)
-    vocabulary: int = config.vocab_size
-    return vocabulary
-
-
-def _batches(encoded: Sequence[EncodedExample], batch_size: int, *, vocabulary: int) -> Iterator[list[EncodedExample]]:
-    """Group sequences of similar length, longest first: if memory does not suffice, it shows at once."""
-    batch: list[EncodedExample] = []
-    first = last = 0
-    for example in sorted(encoded, key=lambda item: (len(item.ids), item.scored_from), reverse=True):
-        first, last = min(first, example.scored_from), max(last, len(example.ids))
-        logits = (len(batch) + 1) * (last - first) * vocabulary
-        if not batch or len(batch) == batch_size or logits > _LARGEST_LOGITS:
-            if batch:
-                yield batch
-            batch, first, last = [], example.scored_from, len(example.ids)
-        batch.append(example)
-    if batch:
-        yield batch
-
-
-def _summed_loss(model: nn.Module, batch: Sequence[EncodedExample], device: torch.device) -> float:
-    """Return the summed loss of the scored tokens of a right-padded batch."""
-    width = max(len(example.ids) for example in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, _IGNORED)
-    for row, example in enumerate(batch):
-        sequence = torch.tensor(example.ids)
-        ids[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-        labels[row, example.scored_from : len(sequence)] = sequence[example.scored_from :]
-    predicting = torch.arange(min(example.scored_from for example in batch) - 1, width - 1)
-    logits = model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=predicting.to(device), use_cache=False
-    ).logits
-    targets = labels[:, predicting + 1].to(device)
-    losses = functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=_IGNORED, reduction="none"
-    )
-    return losses.double().sum().item()
-
-
 def _check_models(
     *,
     base: str | os.PathLike[str] | None,
@@ -355,7 +187,35 @@ def _with_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> nn
         from peft import PeftModel
     except ImportError as err:
         raise MissingDependencyError("Evaluating an adapter needs peft: pip install peft") from err
-    return PeftModel.from_pretrained(model, str(resolve(adapter, files=ADAPTER_FILES).folder))
+    folder = resolve(adapter, files=ADAPTER_FILES).folder
+    tuned = PeftModel.from_pretrained(model, str(folder))
+    if _was_masked(folder, model):
+        from loram_hub.masked_lora import mask_lora_
+
+        mask_lora_(tuned)  # on the release it is the masked update that was trained
+    return tuned
+
+
+def _was_masked(adapter: Path, model: nn.Module) -> bool:
+    """Whether an adapter's record says that it was trained masked; that of a recovered one does not count here."""
+    if (adapter / RECORD).is_file():
+        return read_json(adapter / RECORD).get(MASKED_FIELD) is True
+    if _removed_weights(model):
+        logger.warning("%s has no %s that says how it was trained, so it is not masked", adapter, RECORD)
+    return False
+
+
+def _removed_weights(model: nn.Module) -> int:
+    """Weights that are zero in a sparse release; 0 of any other model."""
+    release = getattr(model, "loram", None)
+    pruning = release.manifest.pruning if isinstance(release, Release) else None
+    if not isinstance(release, Release) or not isinstance(pruning, Sparsification):
+        return 0
+    architecture = release.architecture
+    whole = architecture.num_hidden_layers * sum(
+        math.prod(architecture.shape(weight, architecture.whole_layer)) for weight in architecture.projections
+    )
+    return whole - pruning.kept_weights
 
 
 def _rows(
@@ -368,13 +228,16 @@ def _rows(
     """Measure a model without and with an adapter; nothing of it stays in memory afterwards."""
     gc.collect()  # a model wrapped by PEFT refers to itself, so the last one may still be there
     model = load()
-    rows = [_row(names[0], model, encoded, batch_size)]
+    removed = _removed_weights(model)
+    rows = [_row(names[0], model, encoded, batch_size, removed)]
     if adapter is not None:
-        rows.append(_row(names[1], _with_adapter(model, adapter), encoded, batch_size))
+        rows.append(_row(names[1], _with_adapter(model, adapter), encoded, batch_size, removed))
     return rows
 
 
-def _row(name: str, model: nn.Module, encoded: Sequence[EncodedExample], batch_size: int) -> EvaluationRow:
+def _row(
+    name: str, model: nn.Module, encoded: Sequence[EncodedExample], batch_size: int, removed: int
+) -> EvaluationRow:
     start = time.perf_counter()
     measured = held_out_loss(model, encoded, batch_size=batch_size)
     seconds = time.perf_counter() - start
@@ -383,7 +246,7 @@ def _row(name: str, model: nn.Module, encoded: Sequence[EncodedExample], batch_s
         model=name,
         loss=measured.loss,
         perplexity=measured.perplexity if math.isfinite(measured.perplexity) else None,
-        parameters=sum(math.prod(_shape(parameter)) for parameter in model.parameters()),
+        parameters=sum(math.prod(_shape(parameter)) for parameter in model.parameters()) - removed,
         memory_bytes=memory_bytes(model),
         seconds=seconds,
     )
