@@ -130,7 +130,8 @@ def compare(row: Configuration) -> dict[str, Any]:
 
 def _standing(estimated: MemoryBreakdown) -> int:
     return sum(
-        getattr(estimated, name) for name in ("projections", "scales", "embedding", "lm_head", "rest", "adapter")
+        getattr(estimated, name)
+        for name in ("projections", "scales", "embedding", "lm_head", "rest", "masks", "adapter")
     )
 
 

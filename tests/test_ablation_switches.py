@@ -126,9 +126,8 @@ def test_every_combination_runs_with_and_without_recovery(
 @pytest.mark.parametrize(
     ("pruning", "aligned", "quantized", "masked"),
     [
-        ("semi", False, False, False),
         ("semi", True, True, True),
-        ("unst", True, False, True),
+        ("unst", False, False, True),
         ("unst", False, True, False),
     ],
 )

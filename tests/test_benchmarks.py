@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -11,12 +12,21 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
+
+from builders import save_base, save_tokenizer, tiny_config
+from pipeline_materials import some_texts
+
+from loram_hub.finetuning import FinetuneRecipe
+from loram_hub.pipeline import read_recipe
+from loram_hub.recipes import read_file
+from loram_hub.texts import Example
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
@@ -126,3 +136,78 @@ def test_every_benchmark_has_a_row_in_the_results() -> None:
     results = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
     assert all(f"`{script}`" in results for script in SCRIPTS)
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    return save_tokenizer(save_base(folder, tiny_config(intermediate_size=40)))
+
+
+def test_sparse_losses_are_measured_once_for_each_method(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    benchmark = script("sparse_loss", monkeypatch)
+    ids = torch.randint(4, 53, (4, 16), generator=torch.Generator().manual_seed(0))
+    job = benchmark.Job(base=tiny, ids=ids, held_out=some_texts(2, words=20), work=tmp_path)
+
+    found = benchmark.measure(job, {"2:4": {"pattern": "2:4"}})["2:4"]
+    again = benchmark.measure(job, {"2:4": {"pattern": "2:4"}})["2:4"]
+
+    assert list(found) == ["magnitude", "wanda", "sparsegpt"]
+    assert len({row["loss"] for row in found.values()}) == 3
+    assert len({row["kept_parameters"] for row in found.values()}) == 1
+    assert again == found  # their seconds, too
+    assert all(path.is_file() for path in tmp_path.iterdir())  # the releases are gone
+
+
+def test_variants_differ_in_pruning_and_masking_alone(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = script("variants", monkeypatch)
+    tasks = [Example(prompt=f"w{number}", completion=" w5") for number in range(4, 14)]
+    monkeypatch.setattr(benchmark, "stdlib_texts", some_texts)  # the standard library takes seconds to read
+    monkeypatch.setattr(benchmark, "stdlib_examples", lambda: (tasks, tasks))
+    study = benchmark.Study(tmp_path, benchmark.QUICK, str(tiny))
+    release = tmp_path / "release"
+    release.mkdir()
+
+    published = {name: read_recipe(study.publish_recipe(each, 1)) for name, each in benchmark.VARIANTS.items()}
+    tuned = {
+        name: read_file(FinetuneRecipe, study.finetune_recipe(name, each, release, 1))
+        for name, each in benchmark.VARIANTS.items()
+    }
+
+    assert {name for name, recipe in published.items() if recipe.align is None} == {"plain"}
+    assert len({recipe.align for name, recipe in published.items() if name != "plain"}) == 1
+    assert len({recipe.seed for recipe in (*published.values(), *tuned.values())}) == 1
+    assert len({recipe.data.train for recipe in tuned.values()}) == 1
+    assert len({recipe.training for recipe in tuned.values()}) == 1
+    assert {name for name, recipe in tuned.items() if recipe.lora.masked} == {"semi-masked", "unst-masked"}
+    assert published["semi"] == published["semi-masked"]
+
+
+def test_the_table_of_variants_has_means_and_differences_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = script("variants", monkeypatch)
+
+    def cell(variant: str, seed: int, loss: float) -> dict[str, Any]:
+        losses = {"tasks": loss, "texts": loss + 1}
+        return {
+            "variant": variant, "seed": seed, "parameters": 76_100_000, "making_seconds": 60.0, "tuning_seconds": 30.0,
+            "base": {"tasks": 4.0, "texts": 3.0}, "before": losses, "trained": losses, "recovered": losses,
+        }  # fmt: skip
+
+    losses = {("plain", 0): 3.0, ("plain", 1): 3.2, ("unst", 0): 3.25, ("unst", 1): 3.45, ("unst-masked", 0): 3.5}
+    rows = benchmark.table([cell(*place, loss) for place, loss in losses.items()]).splitlines()
+
+    assert "| base, not fine-tuned | | 76.1 M | | | 4.000 | | | |" in rows
+    assert any(row.startswith("| Unst 55 %, plain LoRA | 2 | 76.1 M | 3.350 ± 0.141 |") for row in rows)
+    assert any("**3.350 ± 0.141** | +0.250 ± 0.000 | 60 ± 0 | 30 ± 0 |" in row for row in rows)
+    assert "| Unst | 1 | +0.250 | +0.250 | +0.250 | +0.250 |" in rows

@@ -21,6 +21,8 @@ from builders import (
     sparse_release,
 )
 from click.testing import CliRunner
+from hub_client import python
+from hub_server import HubServer
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -46,6 +48,7 @@ LLAMA_2_13B = {
     "num_attention_heads": 40,
     "vocab_size": 32000,
 }
+TEXT = " ".join(f"w{4 + 7 * number % 49}" for number in range(40))
 LAYERS = 8
 """Enough for a structured release with four layers whole at the start and two at the end."""
 
@@ -238,6 +241,24 @@ def test_training_takes_what_the_base_takes_and_masks_come_on_top(
     assert "rank 8 (masked)" in shown
 
 
+def test_on_the_hub_neither_weights_nor_masks_are_downloaded(releases: dict[str, Path], tmp_path: Path) -> None:
+    code = """
+from loram_hub import estimate_memory, info
+fit = estimate_memory(sys.argv[1])
+print(json.dumps({"fit": fit.to_dict(), "info": info(sys.argv[1]), "torch": "torch" in sys.modules}))
+"""
+    with HubServer(tmp_path / "hub") as hub:
+        commit = hub.add_repo("alice/semi", releases["4:8"])
+        found = python(hub, tmp_path / "home", code, "alice/semi")
+        fetched = {path.name for path in (tmp_path / "home").rglob("*.safetensors")}
+
+    assert fetched == {"mask_index.safetensors"}
+    named = {"id": "alice/semi", "commit": commit}
+    assert found["fit"] == json.loads(json.dumps(estimate_memory(releases["4:8"]).to_dict() | named))
+    assert found["info"] == info(releases["4:8"]) | named
+    assert found["torch"] is False
+
+
 def test_masked_training_has_one_update_of_a_whole_matrix_in_memory() -> None:
     architecture = architecture_of(BASES["meta-llama/Llama-3.1-70B"][0])
     layers = [architecture.whole_layer] * architecture.num_hidden_layers
@@ -338,8 +359,7 @@ def test_an_adapter_that_was_trained_masked_is_evaluated_masked(
     from loram_hub.evaluation import evaluate
     from loram_hub.release import open_release
 
-    text = " ".join(f"w{4 + 7 * i % 49}" for i in range(40))
-    table = evaluate([text], release=releases["unstructured"], adapter=trained, dtype=torch.float32)
+    table = evaluate([TEXT], release=releases["unstructured"], adapter=trained, dtype=torch.float32)
 
     release = open_release(releases["unstructured"])
     masks, factors = release.weight_masks, load_file(trained / "adapter_model.safetensors")
@@ -352,20 +372,42 @@ def test_an_adapter_that_was_trained_masked_is_evaluated_masked(
         update = 8 / 4 * factors[f"{prefix}.lora_B.weight"] @ factors[f"{prefix}.lora_A.weight"]
         weights[name] += torch.from_numpy(update * masks.read(name))
     stock.load_state_dict(weights)
-    ids = torch.tensor([AutoTokenizer.from_pretrained(releases["unstructured"])(text)["input_ids"]])
+    ids = torch.tensor([AutoTokenizer.from_pretrained(releases["unstructured"])(TEXT)["input_ids"]])
     with torch.no_grad():
         logits = stock.eval()(ids).logits
     expected = functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
     assert table.loss_of("pruned + adapter") == pytest.approx(expected, rel=1e-4)
 
     (trained / "loram.json").rename(tmp_path / "record")
-    unmasked = evaluate([text], release=releases["unstructured"], adapter=trained, dtype=torch.float32)
+    unmasked = evaluate([TEXT], release=releases["unstructured"], adapter=trained, dtype=torch.float32)
     (tmp_path / "record").rename(trained / "loram.json")
     assert unmasked.loss_of("pruned + adapter") != pytest.approx(expected, rel=1e-3)
     parameters = {row.model: row.parameters for row in table.rows}
     assert parameters["pruned"] == release.manifest.parameters
     assert parameters["pruned + adapter"] == release.manifest.parameters + sum(f.size for f in factors.values())
     make_card(releases["unstructured"], license="mit", evaluation=table.to_dict())  # the counts are the release's
+
+
+def test_a_recovered_adapter_acts_unmasked_on_the_original_model(base: Path, trained: Path, tmp_path: Path) -> None:
+    """The reference: the stock base with W + s B A in place of every projection."""
+    import torch
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from loram_hub.evaluation import evaluate
+
+    recovered = recover(trained, tmp_path / "recovered", dtype="float32").folder
+    table = evaluate([TEXT], base=base, recovered=recovered, dtype=torch.float32)
+
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    weights, factors = dict(stock.named_parameters()), load_file(trained / "adapter_model.safetensors")
+    with torch.no_grad():
+        for prefix in {name.split(".lora_")[0] for name in factors}:
+            update = 8 / 4 * factors[f"{prefix}.lora_B.weight"] @ factors[f"{prefix}.lora_A.weight"]
+            weights[f"{prefix.removeprefix('base_model.model.')}.weight"].add_(torch.from_numpy(update))
+        ids = torch.tensor([AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"]])
+        expected = functional.cross_entropy(stock.eval()(ids).logits[0, :-1], ids[0, 1:]).item()
+    assert table.loss_of("base + recovered adapter") == pytest.approx(expected, rel=1e-4)
 
 
 def _config(values: Any) -> Any:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from loram_hub.architecture import architecture_of
 from loram_hub.checkpoint import Checkpoint
 from loram_hub.errors import InvalidRequestError, ResourceError, VerificationError
+from loram_hub.inspection import verify
 from loram_hub.release import Release
 from loram_hub.sparsification import SparsitySettings, asked_counts, check_sparsify, sparsify
 from loram_hub.sparsification import layers as streamed_layers
@@ -434,6 +435,7 @@ def test_the_release_says_how_it_was_made_and_what_it_keeps(tmp_path: Path, base
     assert (made.method, made.pattern, made.sparsity) == ("sparsegpt", "1:4", 0.75)
     assert (made.dampening, made.block_size, made.seed) == (0.02, 12, 5)
     assert made.kept_weights == planned.kept_weights == planned.prunable_weights // 4
+    assert verify(release.folder).kind == "release"
     assert made.calibration is not None
     assert (made.calibration["samples"], made.calibration["tokens"]) == (SAMPLES, TOKENS)
     assert release.manifest.parameters == planned.pruned_parameters

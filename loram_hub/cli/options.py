@@ -59,7 +59,9 @@ sparsity_options = combined(
         "--sparsity", type=float, help="Remove single weights: this share of every projection, in (0, 1), anywhere."
     ),
     click.option(
-        "--pattern", metavar="N:M", help="Remove single weights: KEEP n of every m inputs, as in 4:8 (half) or 2:4."
+        "--pattern",
+        metavar="N:M",
+        help="Remove single weights: KEEP n of every m inputs, as in 4:8 (half). SparseGPT's code counts what goes.",
     ),
 )
 STRUCTURE = ("pruning_ratio", "keep_first", "keep_last", "round_to")

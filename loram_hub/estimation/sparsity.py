@@ -6,8 +6,8 @@ each other: the parameters that are left, by which the paper names these variant
 
 The paper's table 4 (arXiv 2502.13533) for LLaMA-2-13B: 50 % of the projections leave 6,671,979,520 parameters, 1.95
 times fewer, as its tables 1 to 3 say; the 6,738,415,616 that table 4 prints for LoRAM-Semi is the size of LLaMA-2-7B.
-At 55 % they leave 6,037,591,040; for LoRAM-Unst it prints 37,872 more, which no rounding of the share explains: the
-masks were counted, presumably.
+At 55 % they leave 6,037,591,040; for LoRAM-Unst it prints 37,872 more; which weights were
+counted there is not said.
 """
 
 from __future__ import annotations

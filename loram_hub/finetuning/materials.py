@@ -70,6 +70,7 @@ def open_materials(recipe: FinetuneRecipe, *, token: str | bool | None = None) -
     release = open_metadata(source.folder)
     if recipe.base is not None:
         find_base(release, recipe.base, token=token)
+    is_masked = _is_masked(recipe, release, source.id)
     modules = _targeted(recipe.lora.targets, release, source.id)
     own = _open_tokenizer(source)
     tokenizer = own if recipe.data.tokenizer is None else _named_tokenizer(recipe.data, source, token)
@@ -79,7 +80,7 @@ def open_materials(recipe: FinetuneRecipe, *, token: str | bool | None = None) -
         tokenizer=tokenizer,
         targets=_names(recipe.lora.targets, release),
         modules=modules,
-        is_masked=_is_masked(recipe, release, source.id),
+        is_masked=is_masked,
         foreign_template=None if _template(tokenizer) == _template(own) else _template(tokenizer),
     )
 

@@ -99,6 +99,7 @@ def _fit(recipe: FinetuneRecipe, materials: Materials, processes: Processes, mic
         layers=release.plan.layers,
         quantized=release.is_quantized,
         stored_bytes=None,
+        is_sparse=release.is_sparse,
     )
     shape = TrainingShape(
         sequence_length=recipe.training.max_tokens,
@@ -110,5 +111,6 @@ def _fit(recipe: FinetuneRecipe, materials: Materials, processes: Processes, mic
         checkpointing=recipe.gradient_checkpointing,
         options=recipe.memory_options,
         processes=processes.size,
+        masked_lora=materials.is_masked,
     )
     return fit_of(subject, shape, gpu)

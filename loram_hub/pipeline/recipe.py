@@ -125,7 +125,7 @@ class PruneStage:
         if of_others:
             methods = [method for method, names in _KEYS.items() if of_others[0] in names]
             raise InvalidRequestError(
-                f"{of_others[0]} is given, and method is {self.method}. That key belongs to {' and '.join(methods)}; "
+                f"{of_others[0]} is given, and method is {self.method}. That key belongs to {' or '.join(methods)}; "
                 f"{self.method} has {', '.join(_KEYS[self.method])}."
             )
 

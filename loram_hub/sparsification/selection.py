@@ -3,7 +3,7 @@
 The published codes compare with a threshold (`<=`), which removes more where scores are equal. Here equal scores are
 settled by the index: the weight that comes first, row by row, is kept.
 
-Shapes in this file: O out_features, I in_features, G groups of a row, M weights of a group.
+Shapes in this file: O out_features, I in_features.
 """
 
 from __future__ import annotations

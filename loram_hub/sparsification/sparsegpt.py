@@ -13,7 +13,7 @@ the weights of a block are chosen when it begins, over all its rows and columns,
 owes up to there; with n:m those of a group, when it begins.
 
 U comes from one Cholesky decomposition of H, its rows and columns in reverse: H = R R^T with R upper triangular, so
-U = R^-1. The published code inverts H and decomposes the inverse, which takes twice the work and loses digits.
+U = R^-1. The published code decomposes H, inverts it and decomposes the inverse, which takes twice the operations.
 
 Shapes in this file: O out_features, I in_features, C columns of a block. Matrices are worked on transposed, (I, O): a
 column of weights then lies together.

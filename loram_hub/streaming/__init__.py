@@ -1,4 +1,4 @@
-"""A model streamed layer by layer, for Taylor importance, refit and teacher; memory does not grow with depth."""
+"""A model streamed layer by layer: for importance, sparsification, refit and teacher. Its depth costs no memory."""
 
 from __future__ import annotations
 

@@ -1,0 +1,162 @@
+"""Time and memory of a training step with masked LoRA against one with plain LoRA, on the same sparse release.
+
+SmolLM2-135M (of `loram demo`) without half of the weights of each projection, 4:8 by magnitude; LoRA as recipes have it
+by default: rank 8 on every projection, dropout 0.05. Both models take the same batches in turn, in one process, so that
+both meet the same machine; a step is forward, backward and AdamW. Its time is CPU time of the process, which others on
+the machine change least; a figure is the median over the steps but the first. Memory is the largest resident size of a
+process that takes the same steps with one of the two.
+
+    python benchmarks/masked_step.py [--quick]
+
+In bfloat16 the weights are of that type and the step runs under autocast, as TRL has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from measuring import measured, report, scratch_folder, serve_actions
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+SHAPE = {"batch": 2, "tokens": 256, "steps": 5}
+QUICK_SHAPE = {"batch": 2, "tokens": 16, "steps": 2}
+QUICK_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+}
+TIME_TARGET, MEMORY_TARGET = 1.6, 1.3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A masked LoRA step against a plain one.")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: shows that the script works, no more")
+    parser.add_argument("--work-dir", help="where to put the temporary release; default: the system's own")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: both")
+    options = parser.parse_args()
+    shape = QUICK_SHAPE if options.quick else SHAPE
+    dtypes = [options.dtype] if options.dtype else ["float32"] if options.quick else ["float32", "bfloat16"]
+
+    cells = []
+    with scratch_folder("masked-step", options.work_dir) as work:
+        measured(__file__, "make_release", folder=str(work), quick=options.quick)
+        for dtype in dtypes:
+            for checkpointing in (True,) if options.quick else (True, False):
+                given = {"folder": str(work), "dtype": dtype, "checkpointing": checkpointing, "shape": shape}
+                cells.append({"dtype": dtype, "checkpointing": checkpointing, **measure(given)})
+    worst = {name: max(cell[name] for cell in cells) for name in ("time_ratio", "memory_ratio")}
+    report(
+        "masked_step",
+        quick=options.quick,
+        figures={"shape": shape, "cells": cells, **worst},
+        target=f"at most {TIME_TARGET} of the time and {MEMORY_TARGET} of the memory, in every cell",
+        met=worst["time_ratio"] <= TIME_TARGET and worst["memory_ratio"] <= MEMORY_TARGET,
+    )
+
+
+def measure(given: dict[str, Any]) -> dict[str, Any]:
+    """Compare the two ways to train in one setting."""
+    timed = measured(__file__, "time_steps", **given)
+    seconds = {name: timed[name] for name in ("plain", "masked")}
+    peaks = {name: measured(__file__, "take_steps", masked=name == "masked", **given)["peak_rss"] for name in seconds}
+    return {
+        "cpu_seconds": seconds,
+        "peak_memory": peaks,
+        "time_ratio": seconds["masked"] / seconds["plain"],
+        "memory_ratio": peaks["masked"] / peaks["plain"],
+    }
+
+
+def make_release(folder: str, quick: bool) -> dict[str, Any]:
+    """Remove half of a model's weights."""
+    from loram_hub import SparsitySettings, sparsify
+
+    if quick:
+        import torch
+        from synthetic import llama_config, write_checkpoint
+
+        base = Path(folder) / "base"
+        write_checkpoint(base, llama_config(**QUICK_SIZES), dtype=torch.float32)
+    else:
+        from loram_hub.demo.base_model import base_model
+
+        base = base_model()
+    sparsify(base, Path(folder) / "release", settings=SparsitySettings(method="magnitude", pattern="4:8"))
+    return {}
+
+
+def open_model(folder: str, dtype: str, *, masked: bool, checkpointing: bool) -> PeftModel:
+    """Open the release with an adapter, ready to train."""
+    from peft import LoraConfig, get_peft_model
+
+    from loram_hub import AutoLoramModel, mask_lora_
+
+    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoLoramModel.from_pretrained(Path(folder) / "release", dtype=dtype), lora)
+    if masked:
+        mask_lora_(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+class Steps:
+    """Training steps of one model, each timed."""
+
+    def __init__(self, model: PeftModel, shape: dict[str, int]) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        size = (shape["batch"], shape["tokens"])
+        self.ids = torch.randint(0, model.config.vocab_size, size, generator=generator)
+        self.model = model
+        self.optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
+        self.seconds: list[float] = []
+
+    def take(self) -> None:
+        import torch
+
+        is_16_bit = self.model.dtype == torch.bfloat16
+        began = time.process_time()
+        with torch.autocast("cpu", torch.bfloat16) if is_16_bit else nullcontext():
+            loss = self.model(input_ids=self.ids, labels=self.ids).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seconds.append(time.process_time() - began)
+
+
+def time_steps(folder: str, dtype: str, checkpointing: bool, shape: dict[str, int]) -> dict[str, Any]:
+    """Time steps of both models in turn."""
+    models = {
+        name: Steps(open_model(folder, dtype, masked=name == "masked", checkpointing=checkpointing), shape)
+        for name in ("plain", "masked")
+    }
+    for _ in range(shape["steps"] + 1):
+        for steps in models.values():
+            steps.take()
+    return {name: statistics.median(steps.seconds[1:]) for name, steps in models.items()}
+
+
+def take_steps(folder: str, dtype: str, checkpointing: bool, shape: dict[str, int], masked: bool) -> dict[str, Any]:
+    """Take steps with one model; what counts is the memory of this process."""
+    steps = Steps(open_model(folder, dtype, masked=masked, checkpointing=checkpointing), shape)
+    for _ in range(2):
+        steps.take()
+    return {}
+
+
+if __name__ == "__main__":
+    serve_actions(make_release, time_steps, take_steps)
+    main()
