@@ -25,7 +25,7 @@ from measuring import measured, report, scratch_folder, serve_actions
 if TYPE_CHECKING:
     from peft import PeftModel
 
-SHAPE = {"batch": 2, "tokens": 256, "steps": 5}
+SHAPE = {"batch": 2, "tokens": 256, "steps": 3}
 QUICK_SHAPE = {"batch": 2, "tokens": 16, "steps": 2}
 QUICK_SIZES = {
     "hidden_size": 32,
@@ -36,6 +36,12 @@ QUICK_SIZES = {
     "num_hidden_layers": 2,
     "vocab_size": 64,
 }
+SETTINGS = (
+    {"dtype": "float32", "nf4": False, "checkpointing": True},
+    {"dtype": "float32", "nf4": True, "checkpointing": True},
+    {"dtype": "float32", "nf4": False, "checkpointing": False},
+    {"dtype": "bfloat16", "nf4": False, "checkpointing": True},
+)
 TIME_TARGET, MEMORY_TARGET = 1.6, 1.3
 
 
@@ -43,18 +49,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A masked LoRA step against a plain one.")
     parser.add_argument("--quick", action="store_true", help="a tiny model: shows that the script works, no more")
     parser.add_argument("--work-dir", help="where to put the temporary release; default: the system's own")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: both")
     options = parser.parse_args()
     shape = QUICK_SHAPE if options.quick else SHAPE
-    dtypes = [options.dtype] if options.dtype else ["float32"] if options.quick else ["float32", "bfloat16"]
 
     cells = []
     with scratch_folder("masked-step", options.work_dir) as work:
         measured(__file__, "make_release", folder=str(work), quick=options.quick)
-        for dtype in dtypes:
-            for checkpointing in (True,) if options.quick else (True, False):
-                given = {"folder": str(work), "dtype": dtype, "checkpointing": checkpointing, "shape": shape}
-                cells.append({"dtype": dtype, "checkpointing": checkpointing, **measure(given)})
+        for setting in SETTINGS[:1] if options.quick else SETTINGS:
+            cells.append({**setting, **measure({"folder": str(work), "shape": shape, **setting})})
     worst = {name: max(cell[name] for cell in cells) for name in ("time_ratio", "memory_ratio")}
     report(
         "masked_step",
@@ -79,8 +81,8 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_release(folder: str, quick: bool) -> dict[str, Any]:
-    """Remove half of a model's weights."""
-    from loram_hub import SparsitySettings, sparsify
+    """Remove half of a model's weights, and quantize what is left."""
+    from loram_hub import SparsitySettings, quantize, sparsify
 
     if quick:
         import torch
@@ -92,18 +94,20 @@ def make_release(folder: str, quick: bool) -> dict[str, Any]:
         from loram_hub.demo.base_model import base_model
 
         base = base_model()
-    sparsify(base, Path(folder) / "release", settings=SparsitySettings(method="magnitude", pattern="4:8"))
+    sparsify(base, Path(folder) / "16-bit", settings=SparsitySettings(method="magnitude", pattern="4:8"))
+    quantize(Path(folder) / "16-bit", Path(folder) / "nf4")
     return {}
 
 
-def open_model(folder: str, dtype: str, *, masked: bool, checkpointing: bool) -> PeftModel:
+def open_model(folder: str, dtype: str, *, nf4: bool, masked: bool, checkpointing: bool) -> PeftModel:
     """Open the release with an adapter, ready to train."""
     from peft import LoraConfig, get_peft_model
 
     from loram_hub import AutoLoramModel, mask_lora_
 
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(AutoLoramModel.from_pretrained(Path(folder) / "release", dtype=dtype), lora)
+    release = Path(folder) / ("nf4" if nf4 else "16-bit")
+    model = get_peft_model(AutoLoramModel.from_pretrained(release, dtype=dtype), lora)
     if masked:
         mask_lora_(model)
     if checkpointing:
@@ -137,10 +141,10 @@ class Steps:
         self.seconds.append(time.process_time() - began)
 
 
-def time_steps(folder: str, dtype: str, checkpointing: bool, shape: dict[str, int]) -> dict[str, Any]:
+def time_steps(folder: str, dtype: str, nf4: bool, checkpointing: bool, shape: dict[str, int]) -> dict[str, Any]:
     """Time steps of both models in turn."""
     models = {
-        name: Steps(open_model(folder, dtype, masked=name == "masked", checkpointing=checkpointing), shape)
+        name: Steps(open_model(folder, dtype, nf4=nf4, masked=name == "masked", checkpointing=checkpointing), shape)
         for name in ("plain", "masked")
     }
     for _ in range(shape["steps"] + 1):
@@ -149,9 +153,11 @@ def time_steps(folder: str, dtype: str, checkpointing: bool, shape: dict[str, in
     return {name: statistics.median(steps.seconds[1:]) for name, steps in models.items()}
 
 
-def take_steps(folder: str, dtype: str, checkpointing: bool, shape: dict[str, int], masked: bool) -> dict[str, Any]:
+def take_steps(
+    folder: str, dtype: str, nf4: bool, checkpointing: bool, shape: dict[str, int], masked: bool
+) -> dict[str, Any]:
     """Take steps with one model; what counts is the memory of this process."""
-    steps = Steps(open_model(folder, dtype, masked=masked, checkpointing=checkpointing), shape)
+    steps = Steps(open_model(folder, dtype, nf4=nf4, masked=masked, checkpointing=checkpointing), shape)
     for _ in range(2):
         steps.take()
     return {}

@@ -73,13 +73,11 @@ def main() -> None:
 
     figures: dict[str, Any] = {"layer_seconds": {}, "memory": {}}
     with scratch_folder("sparsify", options.work_dir) as work:
-        for name, sizes in SIZES.items():
+        for name, sizes in ({"quick": QUICK} if options.quick else SIZES).items():
             folder = str(work / name)
-            measured(__file__, "make_base", folder=folder, layers=LAYERS, sizes=QUICK if options.quick else sizes)
-            for asked in ASKED:
-                figures["layer_seconds"][f"{name} {asked}"] = measured(
-                    __file__, "time_layers", folder=folder, asked=asked, tokens=tokens, repeats=repeats
-                )
+            measured(__file__, "make_base", folder=folder, layers=LAYERS, sizes=sizes)
+            times = measured(__file__, "time_layers", folder=folder, tokens=tokens, repeats=repeats)
+            figures["layer_seconds"] |= {f"{name} {asked}": times[asked] for asked in ASKED}
         figures["import_rss"] = measured(__file__, "only_import")["peak_rss"]
         for layers in depths:
             folder = str(work / f"deep-{layers}")
@@ -126,15 +124,18 @@ def prune_deep(folder: str) -> dict[str, Any]:
     return {"seconds": seconds()}
 
 
-def time_layers(folder: str, asked: str, tokens: int, repeats: int) -> dict[str, Any]:
+def time_layers(folder: str, tokens: int, repeats: int) -> dict[str, Any]:
     only_import()
-    ids = _calibration(SAMPLES, tokens)
+    return {asked: _compare(Path(folder), asked, _calibration(SAMPLES, tokens), repeats) for asked in ASKED}
+
+
+def _compare(folder: Path, asked: str, ids: Any, repeats: int) -> dict[str, Any]:  # noqa: ANN401 (torch is not imported up here)
     seconds: dict[str, list[float]] = {"streamed": [], "plain": [], "streamed_processor": [], "plain_processor": []}
     agreeing = 0.0
     for _ in range(repeats):
         with _clocks(seconds, "streamed"):
-            masks = _prune_streamed(Path(folder), ids, asked)
-        model = _plain_model(Path(folder))
+            masks = _prune_streamed(folder, ids, asked)
+        model = _plain_model(folder)
         with _clocks(seconds, "plain"):
             expected = _prune_plain(model, ids, asked)
         agreeing = sum(float((masks[name] == kept).sum()) for name, kept in expected.items())
@@ -144,7 +145,7 @@ def time_layers(folder: str, asked: str, tokens: int, repeats: int) -> dict[str,
         "ratio": min(seconds["streamed"]) / min(seconds["plain"]),
         "processor_ratio": min(seconds["streamed_processor"]) / min(seconds["plain_processor"]),
         "agreeing_mask_entries": agreeing,
-        "calibration": [SAMPLES, tokens],
+        "calibration": list(ids.shape),
     }
 
 

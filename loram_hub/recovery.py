@@ -266,14 +266,16 @@ def _open_unpinned(adapter: Adapter, name: str, known: str | None, token: str | 
     if here:
         logger.info("Nothing says which revision of %s; taken is %s, whose weights are here", name, here[0].commit)
         return here[0]
-    if known is None:
-        logger.warning(
-            "Nothing says which revision of %s %s was trained on, and no weights of it are on this machine; the latest "
-            "is taken. If that keeps other channel groups, the recovered adapter is worthless",
-            name,
-            adapter.source,
-        )
-    return replace(_open_origin(name, None, token), assumed=known is None)
+    latest = _open_origin(name, None, token)
+    if known is not None or latest.release.is_sparse:  # on a sparse release recovery is the same whatever was removed
+        return latest
+    logger.warning(
+        "Nothing says which revision of %s %s was trained on, and no weights of it are on this machine; the latest is "
+        "taken. If that keeps other channel groups, the recovered adapter is worthless",
+        name,
+        adapter.source,
+    )
+    return replace(latest, assumed=True)
 
 
 def _origins_here(name: str, token: str | bool | None) -> list[_Origin]:

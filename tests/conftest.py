@@ -6,6 +6,7 @@ huggingface_hub reads its settings when it is imported, so they are set here, be
 from __future__ import annotations
 
 import atexit
+import gc
 import ipaddress
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import live_hub
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 _HOME = Path(tempfile.mkdtemp(prefix="loram-tests-"))
@@ -70,6 +72,26 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[live_hub.P
             yield live_hub.loopback_place(hub, tmp_path)
 
 
+@pytest.fixture(scope="session")
+def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return SmolLM2-135M as a checkpoint, converted once for all processes that run tests side by side.
+
+    It stays where `base_model` looks for it.
+    """
+    pytest.importorskip("gguf")
+    from loram_hub.demo.base_model import base_model
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    (folder / "loram-hub").mkdir(exist_ok=True)
+    home = _HOME / "huggingface" / "loram-hub"
+    home.parent.mkdir(exist_ok=True)
+    if not home.exists():  # another test could have converted it for itself
+        home.symlink_to(folder / "loram-hub", target_is_directory=True)
+    with FileLock(folder / "loram-hub.lock"):
+        return base_model()
+
+
 _FIGURES = pytest.StashKey[list[str]]()
 
 
@@ -104,8 +126,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.line(line)
 
 
+def pytest_collection_finish() -> None:
+    """Spare what the tests have imported from garbage collection, which several functions ask for at their end."""
+    gc.freeze()
+
+
+_LONGEST = (
+    "test_pipeline_kills.py", "test_benchmarks.py", "test_finetuning.py", "trust/test_kills.py", "test_demo.py",
+    "alignment/test_ranks.py", "trust/test_faults.py", "test_recipes.py", "test_finetune_kills.py", "test_pipeline.py",
+)  # fmt: skip
+"""Files that take longest. They come first: at the end, one of them would keep all other processes waiting."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none; torch is imported only if such a test was collected."""
+    """Put the longest files first, and skip what needs a GPU where there is none.
+
+    torch is imported only if such a test was collected.
+    """
+    place = {Path(__file__).parent / name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -45,6 +46,7 @@ def run_killed(imports: str, call: str, after: str = "", *, kills: int, **names:
 def _serve(imports: str, call: str, after: str, kills: int, names: dict[str, Any]) -> None:
     scope: dict[str, Any] = {"bytes_of": bytes_of, "Path": Path, **names}
     exec(imports, scope)
+    gc.freeze()  # or each child would look through all that was imported
     _, seconds = _in_child(call, {**scope, "out": f"{names['out']}-timed"}, None)
     at_work = 0
     for number in range(kills):

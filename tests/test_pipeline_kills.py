@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 IMPORTED = (
     "datasets", "loram_hub.alignment.aligning", "loram_hub.pipeline", "loram_hub.cards.pictures", "loram_hub.cli",
     "torch._dynamo", "torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "accelerate",
+    "loram_hub.cpu_nf4", "matplotlib.backends.backend_agg", "transformers.integrations.bitsandbytes",
 )  # fmt: skip
 BASE, TEXTS, RELEASE = "org/Tiny", "org/texts", "org/Tiny-LoRAM"
 KILLS = 8
@@ -176,18 +177,16 @@ def test_what_the_hub_would_refuse_in_the_end_is_said_in_the_beginning(
 
 @pytest.mark.slow
 def test_the_recipe_of_smollm2_killed_five_times_ends_with_the_same_bytes(
-    tmp_path: Path, figure: Callable[[str], None]
+    real_model: Path, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     """The recipe as it is shipped, with the real model; only the texts of its datasets are this machine's own."""
-    pytest.importorskip("gguf")
-    from loram_hub.demo.base_model import base_model
     from loram_hub.demo.corpus import stdlib_texts
 
     recipe = read_recipe(SMOLLM2)
-    base, texts = base_model(), [text for text in stdlib_texts() if len(text) > 200]
+    texts = [text for text in stdlib_texts() if len(text) > 200]
 
     def fill(hub: HubServer) -> None:
-        hub.add_repo(recipe.base, {**_files(base), "README.md": b"---\nlicense: apache-2.0\n---\n# SmolLM2\n"})
+        hub.add_repo(recipe.base, {**_files(real_model), "README.md": b"---\nlicense: apache-2.0\n---\n# SmolLM2\n"})
         hub.add_repo("HuggingFaceFW/fineweb", dataset(texts[0::3], "sample-10BT"), kind="datasets")
         hub.add_repo("open-web-math/open-web-math", dataset(texts[1::3], "default"), kind="datasets")
         held_out = [text[:400] for text in texts[2::3]]  # as long as its records are

@@ -34,6 +34,7 @@ from loram_hub.finetuning.preparing import prepare
 from loram_hub.finetuning.processes import Processes
 from loram_hub.finetuning.recipe import MASKED_BY_DEFAULT
 from loram_hub.finetuning.runs import RunFolder
+from loram_hub.hub import METADATA_FILES
 from loram_hub.masked_lora import is_masked
 from loram_hub.plan import Plan
 from loram_hub.recipes import section_from
@@ -203,6 +204,27 @@ def test_an_adapter_goes_back_to_its_own_release_alone(folder: Path, run: Finetu
     assert (tmp_path / "recovered" / WEIGHTS).read_bytes() == (run.recovered / WEIGHTS).read_bytes()
 
 
+def test_an_unnamed_revision_of_a_sparse_release_makes_no_difference(
+    folder: Path, run: FinetuneResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit, repository = "9876543210" * 4, Path(constants.HF_HUB_CACHE) / "models--alice--metadata"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for name in METADATA_FILES:
+        shutil.copy(folder / "release" / name, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(run.adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "loram.json").unlink()
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "alice/metadata"}))
+
+    recovered = recover(tmp_path / "adapter", tmp_path / "out")
+
+    assert (recovered.assumed, recovered.release_commit, caplog.messages) == (False, commit, [])
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (run.recovered / WEIGHTS).read_bytes()
+
+
 def test_the_command_recovers_and_says_for_which_model(run: FinetuneResult, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["recover", str(run.adapter), str(tmp_path / "out"), "--json"])
 
@@ -231,12 +253,12 @@ def test_stock_trainers_take_a_masked_model_or_have_theirs_masked(folder: Path, 
 
     set_seed(own.args.seed)  # as the trainer does before it makes an adapter
     given = get_peft_model(AutoLoramModel.from_pretrained(folder / "release", dtype=torch.float32), plain_lora())
-    mask_lora_(given)  # type: ignore[arg-type]  # a PeftModel
+    mask_lora_(given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers renames what PEFT and TRL still use
         other = SFTTrainer(
             model=given,
-            args=replace(own.args, output_dir=str(tmp_path / "given")),  # type: ignore[type-var]
+            args=replace(own.args, output_dir=str(tmp_path / "given")),
             train_dataset=examples(14),
             processing_class=AutoTokenizer.from_pretrained(folder / "release"),
             callbacks=[RecoverCallback(), SealCallback()],

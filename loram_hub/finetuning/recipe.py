@@ -68,8 +68,9 @@ class LoraSection:
     targets: tuple[str, ...] = (ALL_PROJECTIONS,)
     """Modules that get an adapter, by their last name (`q_proj`) or full path; `all-linear` is every projection."""
     masked: bool | None = None
-    """On a sparse release: whether the update is masked as the weights are, as the LoRAM paper has it, at up to twice
-    the time of a step. Left out, it is not. On a structured release there is nothing to mask."""
+    """On a sparse release: whether the update is masked as the weights are, as the LoRAM paper has it; dropout then
+    takes input features for a whole micro-batch. Left out, it is not. On a structured release there is nothing to
+    mask."""
 
     def __post_init__(self) -> None:
         """Check ranges; raises `InvalidRequestError`."""

@@ -28,6 +28,7 @@ def mask_lora_(model: PeftModel, release: Release | None = None) -> None:
     Call it when the adapter is on the model and before training: after `get_peft_model`, or on `trainer.model` after
     `SFTTrainer(..., peft_config=...)`. Called again, it masks layers that a further adapter has brought. What PEFT
     saves stays plain LoRA, and `recover` writes the same factors: on the original model the adapter acts unmasked.
+    LoRA on what no mask is for, the lm_head, stays as it is.
 
     Args:
         model: with LoRA on an opened sparse release, in 16 or 32 bits or NF4; changed in place.

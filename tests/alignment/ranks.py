@@ -7,6 +7,7 @@ run, which find each other through a file, and tells how each ended. They can be
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -28,7 +29,9 @@ _IMPORTED = (
     "torch._dynamo",
     "datasets",
     "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "matplotlib.style",
+    "transformers.models.llama.modeling_llama",
     "loram_hub.alignment.aligning",
     "alignment.jobs",
 )
@@ -118,6 +121,7 @@ class RankForks:
 def _answer_orders() -> None:
     for module in _IMPORTED:
         importlib.import_module(module)
+    gc.freeze()  # or each child would look through all that was imported
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
     # Of pyarrow's allocator, which is prepared for forks; any other thread could leave a lock taken behind.
     assert len(threads - {"jemalloc_bg_thd"}) <= 1, threads

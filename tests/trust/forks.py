@@ -8,6 +8,7 @@ interpreter must have one thread when it forks, so nothing is imported there tha
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +108,9 @@ class Forks:
 
 
 def _answer_orders(modules: list[str]) -> None:
-    for module in modules:
+    for module in ("loram_hub.cli", *modules):
         importlib.import_module(module)
+    gc.freeze()  # or each child would look through all that was imported
     if Path("/proc/self/task").is_dir():
         assert len(os.listdir("/proc/self/task")) == 1, "a second thread: a fork could take a lock along"
     for line in sys.stdin:
@@ -149,9 +152,11 @@ def _run(arguments: list[str], largest_file: int | None) -> None:
     if largest_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails with EFBIG and does not end the process
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    code: object = 70  # an exception that nobody caught
+    code: object = 1
     try:
         code = _pull(arguments[1]) if arguments[0] == "pull" else _command(arguments)
+    except BaseException:  # as the interpreter does with what nobody caught
+        traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()

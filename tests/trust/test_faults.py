@@ -18,8 +18,8 @@ from loram_hub.pruning import prune
 
 DRIVER = Path(__file__).with_name("faults.py")
 ROOT = DRIVER.parents[2]
-SHARDS = 3
-AT_ONCE = 6
+SHARDS = 2
+AT_ONCE = 14
 """The cases mostly wait: for a client that pauses before it tries again."""
 PUSHES = [("push", transfer, fault) for transfer in ("lfs", "xet") for fault in ("closed", "lost")]
 PULLS = [

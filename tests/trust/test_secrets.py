@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from builders import projections, random_factors, save_adapter, save_base, save_tokenizer, tiny_config
 from hub_client import run
 from hub_server import HubServer, Token
+from trust.forks import HUB, WEIGHTS, Forks
 
 from loram_hub.release import open_metadata
 
@@ -38,13 +39,28 @@ def test_the_token_sings_nowhere(hub: HubServer, tmp_path: Path, given: str) -> 
     work.mkdir()
     spoken: list[str] = []
 
-    def loram(*arguments: str | Path, code: int = 0, option: bool = True) -> None:
-        by_option = ["--token", CANARY] if given == "option" and option else []
-        token = CANARY if given == "environment" else None
-        done = run(hub, home, "-m", "loram_hub", "--debug", *arguments, *by_option, token=token, xet=False)
-        assert done.returncode == code, done.stderr
-        spoken.extend([done.stdout, done.stderr])
+    token = CANARY if given == "environment" else None
+    with Forks((*WEIGHTS, *HUB), hub.environment(home, token, xet=False)) as forks:
 
+        def loram(*arguments: str | Path, code: int = 0, option: bool = True) -> None:
+            by_option = ["--token", CANARY] if given == "option" and option else []
+            done = forks.run("--debug", *arguments, *by_option)
+            assert done.status == code, done.output
+            spoken.append(done.output)
+
+        use_everything(loram, hub, work, given)
+
+    assert "Traceback" in spoken[-1]
+    assert not [text for text in spoken if CANARY in text]
+    assert holders(work, home) == []
+    published = hub.repo(f"alice/release-{given}").files() | hub.repo(f"alice/adapter-{given}").files()
+    assert not [name for name, data in published.items() if CANARY.encode() in data]
+    assert not [request.line for request in hub.requests if CANARY in request.line]
+    assert [request for request in hub.requests if request.token_present]
+
+
+def use_everything(loram: Callable[..., None], hub: HubServer, work: Path, given: str) -> None:
+    """Run every command that may talk to the Hub, also where it fails."""
     structure = ("--importance", "random", "--keep-first", "1", "--keep-last", "1", "--pruning-ratio", "0.4")
     release, adapter = work / "release", work / "adapter"
     loram("prune", "org/base", release, *structure, "--json")
@@ -64,14 +80,6 @@ def test_the_token_sings_nowhere(hub: HubServer, tmp_path: Path, given: str) -> 
         loram("push", release, "alice/other", code=1)
         loram("verify", "alice/other", code=1)
         hub.faults.clear()
-
-    assert "Traceback" in spoken[-1]
-    assert not [text for text in spoken if CANARY in text]
-    assert holders(work, home) == []
-    published = hub.repo(f"alice/release-{given}").files() | hub.repo(f"alice/adapter-{given}").files()
-    assert not [name for name, data in published.items() if CANARY.encode() in data]
-    assert not [request.line for request in hub.requests if CANARY in request.line]
-    assert [request for request in hub.requests if request.token_present]
 
 
 def test_library_errors_do_not_hold_the_token(hub: HubServer, tmp_path: Path) -> None:
