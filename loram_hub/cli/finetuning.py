@@ -68,7 +68,8 @@ def _print_preview(preview: FinetunePreview) -> None:
         ("release", f"{materials.source.id} @ {materials.source.commit or 'local folder'}"),
         (
             "adapter",
-            f"{', '.join(materials.targets)}; {materials.adapter_parameters(prepared.recipe.lora.r):,} numbers",
+            f"{', '.join(materials.targets)}; {materials.adapter_parameters(prepared.recipe.lora.r):,} numbers"
+            f"{'; masked as the weights are' if materials.is_masked else ''}",
         ),
         ("steps", f"{schedule.steps:,} of {batch} examples, {passes:,.2f} times all of them"),
         (
