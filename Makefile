@@ -57,7 +57,7 @@ demo: $(STAMP)
 	$(BIN)/loram demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --cov --cov-report=term $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(PYTEST_ARGS)
 
 trust: $(STAMP)
 	$(BIN)/python -m pytest tests/trust $(PYTEST_ARGS)

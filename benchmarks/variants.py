@@ -10,7 +10,8 @@ LoRA and with masked LoRA. Controls: the base untouched, and plain LoRA on the b
 
 Measured: held-out loss of the release before fine-tuning, of the release with the adapter as trained, and of the base
 with the recovered adapter; on tasks like those that were trained on (in domain) and on general text (out of domain).
-Data: the standard library's docstrings (`loram_hub.demo.corpus`). fp32 on the CPU.
+Data: the standard library's docstrings (`loram_hub.demo.corpus`). fp32 on the CPU. Cells have the seconds, too, which the
+tables leave out: those of other work on the machine are in them.
 """
 
 from __future__ import annotations
@@ -290,12 +291,12 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
 def _table(cells: Sequence[Mapping[str, Any]], data: str, title: str) -> str:
     columns = (
         "release, fine-tuned with", "seeds", "parameters", "before fine-tuning", "with the adapter",
-        "**base + recovered**", "against plain LoRA", "making, s", "fine-tuning, s",
+        "**base + recovered**", "against plain LoRA",
     )  # fmt: skip
     lines = [f"{title}:", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     if cells:
         base = statistics.mean(cell["base"][data] for cell in cells)
-        lines.append(f"| base, not fine-tuned | | {_millions(cells, PLAIN)} | | | {base:.3f} | | | |")
+        lines.append(f"| base, not fine-tuned | | {_millions(cells, PLAIN)} | | | {base:.3f} | |")
     return "\n".join([*lines, *_rows(cells, data)])
 
 
@@ -315,7 +316,6 @@ def _rows(cells: Sequence[Mapping[str, Any]], data: str) -> Iterator[str]:
             *(_spread([cell[key][data] for cell in group]) for key in ("before", "trained")),
             f"**{_spread([cell['recovered'][data] for cell in group])}**",
             "" if name == PLAIN else _spread(against, sign="+"),
-            *(_spread([cell[key] for cell in group], digits=0) for key in ("making_seconds", "tuning_seconds")),
         ]
         yield "| " + " | ".join(columns) + " |"
 
@@ -352,11 +352,11 @@ def _millions(cells: Sequence[Mapping[str, Any]], name: str) -> str:
     return f"{statistics.mean(found) / 1e6:.1f} M" if found else ""
 
 
-def _spread(values: Sequence[float], *, digits: int = 3, sign: str = "") -> str:
+def _spread(values: Sequence[float], *, sign: str = "") -> str:
     if not values:
         return ""
-    mean = f"{statistics.mean(values):{sign}.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    mean = f"{statistics.mean(values):{sign}.3f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def test_the_table_of_variants_has_means_and_differences_seed_by_seed(monkeypatc
     losses = {("plain", 0): 3.0, ("plain", 1): 3.2, ("unst", 0): 3.25, ("unst", 1): 3.45, ("unst-masked", 0): 3.5}
     rows = benchmark.table([cell(*place, loss) for place, loss in losses.items()]).splitlines()
 
-    assert "| base, not fine-tuned | | 76.1 M | | | 4.000 | | | |" in rows
+    assert "| base, not fine-tuned | | 76.1 M | | | 4.000 | |" in rows
     assert any(row.startswith("| Unst 55 %, plain LoRA | 2 | 76.1 M | 3.350 ± 0.141 |") for row in rows)
-    assert any("**3.350 ± 0.141** | +0.250 ± 0.000 | 60 ± 0 | 30 ± 0 |" in row for row in rows)
+    assert any("**3.350 ± 0.141** | +0.250 ± 0.000 |" in row for row in rows)
     assert "| Unst | 1 | +0.250 | +0.250 | +0.250 | +0.250 |" in rows
