@@ -10,8 +10,8 @@ LoRA and with masked LoRA. Controls: the base untouched, and plain LoRA on the b
 
 Measured: held-out loss of the release before fine-tuning, of the release with the adapter as trained, and of the base
 with the recovered adapter; on tasks like those that were trained on (in domain) and on general text (out of domain).
-Data: the standard library's docstrings (`loram_hub.demo.corpus`). fp32 on the CPU. Cells have the seconds, too, which the
-tables leave out: those of other work on the machine are in them.
+Data: the standard library's docstrings (`loram_hub.demo.corpus`). fp32 on the CPU. Cells have seconds,
+too, which the tables leave out: other work on the machine gets into them.
 """
 
 from __future__ import annotations

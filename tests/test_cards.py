@@ -233,6 +233,17 @@ def test_a_base_that_is_not_on_the_hub_stays_out_of_the_metadata_and_the_card_sa
     assert "The base model has no id on the Hub" in card.text
 
 
+def test_the_card_of_a_release_with_nothing_pruned_says_so(tmp_path: Path) -> None:
+    plan = Plan(tiny_architecture(), {})
+    made = _card(open_metadata(save_metadata_release(tmp_path / "whole", tiny_config(), plan, base_id=LLAMA)))
+
+    assert "with nothing pruned (ratio" in made.text
+    assert "As many parameters as the base" in made.text
+    assert "no weight was removed" in made.text
+    assert "times fewer" not in made.text
+    assert not any(name.endswith("kept_groups.png") for name in made.files)
+
+
 def test_data_on_the_hub_goes_into_the_metadata_and_other_data_does_not(release: Release) -> None:
     alignment = {"corpora": ["HuggingFaceFW/fineweb", "/home/me/texts.jsonl", "no owner"], "tokens": 1000}
 

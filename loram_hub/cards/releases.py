@@ -76,7 +76,8 @@ def release_card(
     curve = alignment_curve(manifest.alignment)
     described = _described(release, repo_id, licence)
     # The masks of a sparse release are equally dense in every matrix: there is nothing to see.
-    pictures = {} if release.is_sparse else {KEPT_GROUPS: kept_groups_picture(release.plan)}
+    is_cut = counts.pruned_parameters < counts.original_parameters and not release.is_sparse
+    pictures = {KEPT_GROUPS: kept_groups_picture(release.plan)} if is_cut else {}
     if curve:
         pictures[ALIGNMENT_LOSS] = alignment_picture(curve, held_out_curves(manifest.alignment))
     values = {
@@ -165,10 +166,11 @@ def _pruning_facts(release: Release, counts: ParameterCounts | SparseCounts) -> 
         return sparse_facts(release, pruning, counts)
     assert isinstance(counts, ParameterCounts)
     return {
+        "is_whole": counts.pruned_parameters == counts.original_parameters,
         "ratio": Markdown(f"{pruning.pruning_ratio:g}"),
         "method": pruning.method,
         "importance": pruning.importance,
-        "whole_layers": release.architecture.num_hidden_layers - len(release.plan.kept),
+        "whole_layers": counts.kept.count(release.architecture.whole_layer),
         "heads": _range(counts.kept[layer].kv_heads for layer in release.plan.kept),
         "all_heads": release.architecture.num_key_value_heads,
         "channels": _range(counts.kept[layer].channels for layer in release.plan.kept),
@@ -229,14 +231,17 @@ def _changes(manifest: Manifest) -> Markdown:
     refitted = [f"{_REFITTED} in closed form"] if history.refit is not None else []
     trained = ["the rest was trained further"] if history.training is not None or "saved" in manifest.recipe else []
     done = [
-        f"its files were modified: {_removal(manifest.pruning)}",
+        f"its files were modified: {_removal(manifest)}",
         *((*trained, *refitted) if history.ends_with_refit else (*refitted, *trained)),
         *(["quantized to NF4"] if manifest.quantization is not None else []),
     ]
     return Markdown(", ".join(done))
 
 
-def _removal(pruning: Pruning | Sparsification) -> str:
+def _removal(manifest: Manifest) -> str:
+    pruning = manifest.pruning
+    if manifest.parameters == manifest.base.parameters:
+        return "other settings and names, no weight was removed"
     if isinstance(pruning, Pruning):
         return "rows and columns of the weights were removed"
     updated = ", and others changed to make up for it" if pruning.method == "sparsegpt" else ""

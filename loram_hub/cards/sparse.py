@@ -32,6 +32,7 @@ def sparse_facts(release: Release, pruning: Sparsification, counts: SparseCounts
     stored = counts.nf4_bytes if release.is_quantized else counts.bf16_bytes
     packed = counts.packed_nf4_bytes if release.is_quantized else counts.packed_bf16_bytes
     return {
+        "is_whole": False,
         "label": Markdown(pruning.label),
         "settings": _settings(pruning),
         "matrices": count(len(release.architecture.projections)),

@@ -21,7 +21,7 @@ from typing import Any
 from loram_hub.architecture import Architecture, layer_tensor
 from loram_hub.errors import InvalidRequestError, PlanMismatchError
 from loram_hub.masks import Pattern, row_bytes
-from loram_hub.plan import PAPER_REDUCTION_OF_NF4, nf4_bytes, parameter_counts
+from loram_hub.plan import PAPER_REDUCTION_OF_NF4, parameter_counts
 
 _BF16 = 2
 
@@ -58,7 +58,7 @@ class SparseCounts:
     packed_bf16_bytes: int
     """Bytes that masks and kept weights alone would take in bf16. No release does that: transformers reads matrices."""
     packed_nf4_bytes: int
-    """The same with the kept weights of projections in NF4."""
+    """The same with the kept weights of projections in NF4, in the blocks and with the scales of the whole matrix."""
 
     @property
     def mask_bits(self) -> float:
@@ -132,7 +132,7 @@ def sparse_counts(architecture: Architecture, pattern: Pattern, *, kept_weights:
         nf4_bytes=whole.nf4_bytes,
         mask_bytes=masks,
         packed_bf16_bytes=rest + masks + _BF16 * kept_weights,
-        packed_nf4_bytes=rest + masks + nf4_bytes(kept_weights),
+        packed_nf4_bytes=masks + whole.nf4_bytes - (prunable - kept_weights) // 2,
     )
 
 
