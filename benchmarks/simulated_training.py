@@ -45,7 +45,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from loram_hub.architecture import Architecture, LayerSizes, architecture_of
 from loram_hub.estimation import TrainingShape, chosen_targets
-from loram_hub.masked_lora.layers import MaskedLayer, MaskedVariant, masked_class_of
+from loram_hub.masked_lora.layers import MaskedLayer, put_mask_
 from loram_hub.masked_lora.product import KeptWeights
 from loram_hub.shaping import shrink_layer_
 
@@ -137,11 +137,10 @@ def _mask_(model: nn.Module) -> None:
     """Mask every LoRA layer; what a mask's bits are does not matter here."""
     KeptWeights(np.ones((1, 1), dtype=np.bool_))(torch.device(_DEVICE))  # makes the table that all masks share
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
-        layer.__class__ = masked_class_of(type(layer))
-        layer.kept_weights = KeptWeights(np.ones((1, 1), dtype=np.bool_))
-        layer.kept_weights.shape = torch.Size((layer.out_features, layer.in_features))
-        layer.kept_weights.bits = _meta(layer.out_features, -(-layer.in_features // 8), dtype=torch.uint8)
-        layer.lora_variant.update({name: MaskedVariant() for name in layer.lora_A})
+        kept = KeptWeights(np.ones((1, 1), dtype=np.bool_))
+        kept.shape = torch.Size((layer.out_features, layer.in_features))
+        kept.bits = _meta(layer.out_features, -(-layer.in_features // 8), dtype=torch.uint8)
+        put_mask_(layer, kept)
 
 
 class _LiveBytes(TorchDispatchMode):

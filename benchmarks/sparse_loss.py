@@ -6,12 +6,14 @@ which one text in ten is held out and scored. The same rows calibrate Wanda and 
 
     python benchmarks/sparse_loss.py [--quick] [--samples 32] [--tokens 256] [--work-dir DIR]
 
-With `--work-dir` what was measured stays there, a file per release; a run that was cut off goes on from it.
+With `--work-dir` what was measured stays there, a file per release; a run that was cut off goes on from it. A file's
+name ends with a digest of base, calibration and scored texts: what was measured with others is not taken.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -48,6 +50,15 @@ class Job:
     """Texts to score."""
     work: Path
     """Where what was measured goes."""
+
+    def digest(self) -> str:
+        """Return 12 hexadecimal digits that stand for all that a loss depends on but the method."""
+        from loram_hub.checkpoint import weight_files
+        from loram_hub.digests import remembered_sha256
+
+        weights = {path.name: remembered_sha256(path) for path in weight_files(self.base)}
+        facts = [weights, self.ids.tolist(), list(self.held_out), LONGEST]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def main() -> None:
@@ -98,20 +109,21 @@ def _job(work: Path, *, samples: int, tokens: int, scored: int, seed: int) -> Jo
 
 
 def measure(job: Job, densities: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    digest = job.digest()
     return {
-        density: {method: _release_loss(job, method, asked) for method in METHODS}
+        density: {method: _release_loss(job, digest, method, asked) for method in METHODS}
         for density, asked in densities.items()
     }
 
 
-def _release_loss(job: Job, method: str, asked: Mapping[str, Any]) -> dict[str, float]:
+def _release_loss(job: Job, digest: str, method: str, asked: Mapping[str, Any]) -> dict[str, float]:
     """Make a release, score it, and delete it."""
     import torch
 
     from loram_hub import evaluate
     from loram_hub.sparsification import SparsitySettings, sparsify
 
-    name = "-".join([method, *map(str, asked.values()), *map(str, job.ids.shape)]).replace(":", "of")
+    name = "-".join([method, *map(str, asked.values()), *map(str, job.ids.shape), digest]).replace(":", "of")
     place, out = job.work / f"{name}.json", job.work / name
     if place.exists():
         known: dict[str, float] = json.loads(place.read_text(encoding="utf-8"))

@@ -9,7 +9,12 @@ Processor time is told besides, for machines that have other work. How many of t
 they differ where scores are equal to rounding.
 
 Memory: Llama shapes, hidden 768, 12 query and 6 KV heads of 64, 2,048 MLP channels; vocabulary 1,024; 8 samples of
-128 tokens. Each depth has a process of its own; the target is on its whole peak, imports included.
+128 tokens. Each depth has a process of its own. The target is on its whole peak, imports included: that is what a
+machine must have, and 24 layers more, of 26 MB each, could not stay in memory unseen. `growth_above_import` is told
+besides.
+
+Weights and tokens are random: time and memory hardly depend on their values. Of quality nothing is said here, and masks
+of a trained model may agree otherwise (see `sparse_loss`).
 
     python benchmarks/sparsify_layer.py [--quick]
 """

@@ -11,12 +11,14 @@ LoRA and with masked LoRA. Controls: the base untouched, and plain LoRA on the b
 Measured: held-out loss of the release before fine-tuning, of the release with the adapter as trained, and of the base
 with the recovered adapter; on tasks like those that were trained on (in domain) and on general text (out of domain).
 Data: the standard library's docstrings (`loram_hub.demo.corpus`). fp32 on the CPU. Cells have seconds,
-too, which the tables leave out: other work on the machine gets into them.
+too, which the tables leave out: other work on the machine gets into them. A folder is of one base, one budget and one
+set of data (study.json); `run` refuses to mix them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import statistics
@@ -30,9 +32,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loram_hub import evaluate
+from loram_hub.checkpoint import weight_files
 from loram_hub.demo.base_model import base_model
 from loram_hub.demo.corpus import stdlib_examples, stdlib_texts
 from loram_hub.demo.training import LONGEST_TASK
+from loram_hub.digests import remembered_sha256
 from loram_hub.evaluation import encode_examples, held_out_loss
 from loram_hub.files import dump_json, read_json
 from loram_hub.finetuning import FinetuneResult, finetune
@@ -133,13 +137,23 @@ class Study:
     def __init__(self, folder: Path, budget: Budget, base: str | None) -> None:
         self.folder, self.budget = folder, budget
         self.base = Path(base) if base else base_model()
-        (folder / "recipes").mkdir(parents=True, exist_ok=True)
         texts = stdlib_texts()
         self.texts = [text[:TEXT_CHARACTERS] for text in texts[::HELD_OUT_EVERY][: budget.scored_texts]]
         self.tasks, held_out = stdlib_examples()
         self.scored_tasks = held_out[: budget.scored_tasks]
         seen = [text for idx, text in enumerate(texts) if idx % HELD_OUT_EVERY]
+        keep_to_one_study(folder, self.facts(seen))
+        (folder / "recipes").mkdir(exist_ok=True)
         self.corpus = written(folder / "texts.jsonl", [{"text": text} for text in seen])
+
+    def facts(self, seen: Sequence[str]) -> dict[str, Any]:
+        """Return what all cells of a folder have in common."""
+        tasks = [[asdict(task) for task in tasks] for tasks in (self.tasks, self.scored_tasks)]
+        return {
+            "budget": asdict(self.budget),
+            "base_sha256": {path.name: remembered_sha256(path) for path in weight_files(self.base)},
+            "data_sha256": hashlib.sha256(json.dumps([self.texts, list(seen), tasks]).encode()).hexdigest(),
+        }
 
     def run(self, name: str, seed: int) -> None:
         """Fill a cell if it is not there yet."""
@@ -261,6 +275,21 @@ class Study:
         path = self.folder / "recipes" / f"{name}.yaml"
         path.write_text(dump_json(values), encoding="utf-8")  # JSON is YAML
         return path
+
+
+def keep_to_one_study(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Note in a folder what its cells have in common, or stop if those that are there are of another study."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / "study.json"
+    if place.exists():
+        known = read_json(place)
+        other = [name for name, fact in facts.items() if known.get(name) != fact]
+        if other:
+            raise SystemExit(f"{folder} is of another study: {', '.join(other)} differ. Name another --work-dir.")
+        return
+    if any(folder.glob("cell-*.json")) or (folder / "base.json").exists():
+        raise SystemExit(f"{folder} has cells, but no study.json: of which study is unknown. Name another --work-dir.")
+    save_cell(place, facts)
 
 
 def written(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:

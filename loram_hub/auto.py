@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,9 +38,9 @@ from loram_hub.manifest import NF4_DESCRIPTION, Manifest
 from loram_hub.masks import WEIGHT_MASKS
 from loram_hub.release import (
     MASK_INDEX,
-    NF4_ZERO,
     Release,
     base_config_of,
+    is_nonzero,
     release_config,
     seal_release,
 )
@@ -324,8 +326,8 @@ def _refuse_filled_zeros(model: _PrunedModel, given: Mapping[str, torch.Tensor] 
         weight = weights.get(name)
         if weight is None or weight.is_meta:  # offloaded by accelerate, so never trained; or not of this process
             continue
-        removed = torch.from_numpy(~masks.read(name)).to(weight.device)
-        if _is_nonzero(weight.detach(), removed.shape)[removed].any():
+        kept = masks.read(name)
+        if (is_nonzero(_stored(weight))[: kept.size].reshape(kept.shape) > kept).any():
             raise VerificationError(
                 f"{name!r} is not zero where the masks of {model.loram.folder} remove its weights: it was trained "
                 f"without them, or quantized in another way than 'loram quantize' does. Save it as a plain model, or "
@@ -333,12 +335,10 @@ def _refuse_filled_zeros(model: _PrunedModel, given: Mapping[str, torch.Tensor] 
             )
 
 
-def _is_nonzero(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Where a projection is not zero; its NF4 codes lie two in a byte, the first in the high half."""
-    if weight.dtype != torch.uint8:
-        return weight != 0
-    codes = torch.stack([weight.reshape(-1) >> 4, weight.reshape(-1) & 0x0F], dim=1).reshape(-1)
-    return (codes[: shape.numel()] != NF4_ZERO).reshape(shape)
+def _stored(weight: torch.Tensor) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """Return the bits of a weight, or its packed NF4 codes, as a file has them."""
+    data = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # numpy has no bf16
+    return cast("npt.NDArray[np.unsignedinteger[Any]]", data.view(f"u{weight.element_size()}"))
 
 
 def _copy_masks(release: Release, folder: Path) -> None:

@@ -278,7 +278,7 @@ def read_calibration(given: Calibration, tokenizer: Path, *, samples: int, token
         )
     if not isinstance(given, str | os.PathLike | list):
         ids = torch.as_tensor(given)
-        if ids.is_floating_point() or ids.is_complex():
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise InvalidRequestError(f"Calibration must be token ids, whole numbers; found {ids.dtype}.")
         return ids.cpu().long()
     try:

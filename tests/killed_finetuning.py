@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 from killed import bytes_of
-from tiny_finetuning import save_tiny_release, tiny_trainer
+from tiny_finetuning import save_sparse_release, save_tiny_release, tiny_trainer
 
 import loram_hub.cli.finetuning  # noqa: F401 (adds its command)
+from loram_hub.adapter import MASKED_FIELD, RECORD
 from loram_hub.cli import main as loram
 from loram_hub.finetuning.callbacks import RecoverCallback, SealCallback
 from loram_hub.finetuning.checkpoints import SEAL_FILE, latest_checkpoint
@@ -36,6 +37,8 @@ from loram_hub.finetuning.runs import Resume
 _LATE = ("transformers.models.llama.modeling_llama", "transformers.integrations.bitsandbytes", "peft.tuners.lora.bnb")
 _CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"}
 _STATE = ("adapter_model.safetensors", "loram.json", "optimizer.pt", "scheduler.pt")  # and those of random numbers
+_MASKED_KILLS = 8
+"""So many of the kills at random instants hit `finetune` as it trains masked LoRA."""
 _EVERY = 16
 """Of the folders that kills at changes would leave, every so many is resumed from to the end."""
 
@@ -163,20 +166,47 @@ def snapshots(out: Path, into: Path) -> Callable[[], None]:
     return lambda: sys.addaudithook(look)
 
 
-def kill_at_random(folder: Path, release: Path, kills: int) -> dict[str, int]:
-    """Kill runs at random instants until so many kills have landed, and compare each run's end."""
-    _, seconds = in_child(lambda: train(release, folder / "undisturbed"))
+def kill_at_random(
+    folder: Path, act: Callable[[Path], object], result: Callable[[Path], dict[str, bytes]], kills: int
+) -> tuple[int, int]:
+    """Kill runs at random instants until so many kills have landed, and compare each run's end.
+
+    Args:
+        folder: for the runs.
+        act: runs to the end, from wherever an earlier run in the folder was.
+        result: reads what a run ended with.
+        kills: how many.
+
+    Returns:
+        How many kills landed, and in how many runs.
+    """
+    _, seconds = in_child(partial(act, folder / "undisturbed"))
     expected, rng = result(folder / "undisturbed"), random.Random(0)
     landed = runs = 0
     while landed < kills:
         out, done = folder / f"killed-{runs}", False
         while not done:
             delay = rng.uniform(0.1, 0.9) * seconds if landed < kills else None
-            was_killed, _ = in_child(partial(train, release, out), delay)
+            was_killed, _ = in_child(partial(act, out), delay)
             landed, done = landed + was_killed, not was_killed
         assert result(out) == expected, out
         runs += 1
-    return {"kills": landed, "runs": runs}
+    return landed, runs
+
+
+def kill_both(folder: Path, release: Path, kills: int) -> dict[str, int]:
+    """Kill stock trainers on a structured release, and the command on a sparse one, with masked LoRA."""
+    sparse = folder / "sparse"
+    in_child(lambda: save_sparse_release(sparse))
+    (folder / "masked").mkdir()
+    masked = save_recipe(folder / "masked", sparse, rank=2, masked=True)
+    trainers = kill_at_random(folder, partial(train, release), result, kills - _MASKED_KILLS)
+    commands = kill_at_random(folder / "masked", partial(finetune, masked), adapters_of, _MASKED_KILLS)
+    record = json.loads((folder / "masked" / "killed-0" / "recovered" / RECORD).read_text())
+    assert record["trained"][MASKED_FIELD] is True
+    return {
+        "kills": trainers[0], "runs": trainers[1], "masked_kills": commands[0], "masked_runs": commands[1]
+    }  # fmt: skip
 
 
 def look_at_changes(folder: Path, release: Path) -> dict[str, Any]:
@@ -246,12 +276,13 @@ def adapters_of(out: Path) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in paths if path.exists()}
 
 
-def save_recipe(folder: Path, release: Path, *, rank: int, processes: int = 1) -> Path:
+def save_recipe(folder: Path, release: Path, *, rank: int, processes: int = 1, masked: bool | None = None) -> Path:
     """Write a recipe of two steps, with a checkpoint of each."""
     tasks = [{"prompt": f"w{n + 4} w{n + 9}", "completion": f" w{n + 5}"} for n in range(6)]
     (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     values = {
-        "release": str(release), "dtype": "float32", "device": "cpu", "lora": {"r": rank},
+        "release": str(release), "dtype": "float32", "device": "cpu",
+        "lora": {"r": rank, "masked": masked},
         "data": {"train": [{"source": "tasks.jsonl"}]}, "checkpoints": {"every": 1, "keep": 1, "recover": False},
         "training": {"steps": 2, "batch_size": 2 * processes, "micro_batch": 2, "max_tokens": 16},
         "distributed": {"processes": processes},
@@ -300,7 +331,7 @@ def main(folder: Path, kills: int) -> None:
     assert len(os.listdir("/proc/self/task")) == 1, "a second thread: a fork could take a lock along"
     release = folder / "release"
     in_child(lambda: save_tiny_release(release))
-    saw = kill_at_random(folder, release, kills) | look_at_changes(folder, release) | kill_one_of_two(folder, release)
+    saw = kill_both(folder, release, kills) | look_at_changes(folder, release) | kill_one_of_two(folder, release)
     saw |= look_at_the_command(folder, release) | fail_on_two_ranks(folder, release)
     sys.stdout.write(json.dumps(saw) + "\n")
 

@@ -1,15 +1,27 @@
-"""Two processes that DistributedDataParallel has train a masked adapter; forked, so that one pays for the imports."""
+"""Two processes that have DistributedDataParallel train a masked adapter, and are refused when FSDP shares it out.
+
+One forks the other, so that one pays for the imports.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from test_masked_lora import IDS, adapted
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from loram_hub.errors import IncompatibleError
+from loram_hub.finetuning import RecoverCallback, SealCallback
+from loram_hub.masked_lora import MaskedLayer
 
 
 def train(rank: int, release: Path, out: Path) -> None:
@@ -20,7 +32,25 @@ def train(rank: int, release: Path, out: Path) -> None:
     model(input_ids=ids, labels=ids).loss.backward()
     found = {name.removeprefix("module."): each.grad for name, each in model.named_parameters() if each.requires_grad}
     torch.save(found, out / f"{rank}.pt")
+    (out / "refused.json" if rank == 0 else out / "refused-too.json").write_text(json.dumps(refusals(release)))
     dist.destroy_process_group()
+
+
+def refusals(release: Path) -> dict[str, str]:
+    """Return what is said of a masked model that is shared out."""
+    model = fully_shard(adapted(release))
+    layer = next(module for module in model.modules() if isinstance(module, MaskedLayer))
+    asked: dict[str, Callable[[], object]] = {"forward": lambda: layer(torch.zeros(1, layer.in_features))}
+    for callback in (SealCallback(), RecoverCallback()):
+        begin = partial(callback.on_train_begin, TrainingArguments(use_cpu=True), TrainerState(), TrainerControl())
+        asked[type(callback).__name__] = partial(begin, model=model)
+    said = {}
+    for name, ask in asked.items():
+        try:
+            ask()
+        except IncompatibleError as err:
+            said[name] = str(err)
+    return said
 
 
 if __name__ == "__main__":

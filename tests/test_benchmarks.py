@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 
 from builders import save_base, save_tokenizer, tiny_config
+from forked_benchmarks import Ended, ForkedBenchmarks
 from pipeline_materials import some_texts
 
 from loram_hub.finetuning import FinetuneRecipe
@@ -29,17 +31,41 @@ from loram_hub.recipes import read_file
 from loram_hub.texts import Example
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = (
-    "taylor_memory", "stream_memory", "prune_stream", "recover_70b", "load_release", "verify_speed", "align_step",
-    "memory_simulation",
+HELPERS = ("measuring", "synthetic", "simulated_training")
+"""What the scripts import."""
+APART = (
+    "alignment_ablation", "variants", "scale_gain",  # studies of hours, which fill a folder with cells
+    "stock_loaders",  # prints a table
+    "memory_options", "sparse_loss",  # even in their quick sizes on the demo's model, which has to be converted first
 )  # fmt: skip
+SCRIPTS = tuple(sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in (*HELPERS, *APART)))
+"""All the others."""
+AS_A_USER = "recover_70b"
+"""The script that runs as users run it, every action in an interpreter of its own; for the rest see the forks."""
+LINE = {"benchmark", "machine", "date", "versions", "quick", "figures", "target", "met"}
+
+Quick = Callable[[str], dict[str, Any]]
 
 pytestmark = pytest.mark.slow
 
 
-@cache
-def quick(script: str) -> dict[str, Any]:
-    """Run a benchmark in its quick size, once per session, and return its one line."""
+@pytest.fixture(scope="module")
+def quick() -> Iterator[Quick]:
+    """Run a benchmark in its quick size, once, and return its one line."""
+    with ForkedBenchmarks() as forks:
+
+        @cache
+        def run(script: str) -> dict[str, Any]:
+            ended = _run_as_a_user(script) if script == AS_A_USER else forks.run(script)
+            assert ended.status == 0, ended.errors
+            (line,) = ended.output.splitlines()
+            found: dict[str, Any] = json.loads(line)
+            return found
+
+        yield run
+
+
+def _run_as_a_user(script: str) -> Ended:
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--quick"],
         cwd=ROOT,
@@ -49,10 +75,7 @@ def quick(script: str) -> dict[str, Any]:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
-    found: dict[str, Any] = json.loads(line)
-    return found
+    return Ended(status=done.returncode, output=done.stdout, errors=done.stderr)
 
 
 def numbers(value: object) -> Iterator[float]:
@@ -64,10 +87,10 @@ def numbers(value: object) -> Iterator[float]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_line_says_what_was_measured_where_and_when(script: str) -> None:
+def test_the_line_says_what_was_measured_where_and_when(quick: Quick, script: str) -> None:
     found = quick(script)
 
-    assert set(found) == {"benchmark", "machine", "date", "versions", "quick", "figures", "target", "met"}
+    assert set(found) == LINE
     assert found["benchmark"] == script
     assert found["quick"] is True
     assert isinstance(found["met"], bool)
@@ -76,7 +99,7 @@ def test_the_line_says_what_was_measured_where_and_when(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_figures_are_positive_and_finite(script: str) -> None:
+def test_figures_are_positive_and_finite(quick: Quick, script: str) -> None:
     figures = list(numbers(quick(script)["figures"]))
 
     assert len(figures) > 5
@@ -84,21 +107,21 @@ def test_figures_are_positive_and_finite(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_nothing_of_this_machine_is_in_the_line(script: str) -> None:
+def test_nothing_of_this_machine_is_in_the_line(quick: Quick, script: str) -> None:
     text = json.dumps(quick(script))
 
     assert str(ROOT) not in text
     assert tempfile.gettempdir() not in text
 
 
-def test_streamed_scores_are_those_of_a_full_backward() -> None:
+def test_streamed_scores_are_those_of_a_full_backward(quick: Quick) -> None:
     figures = quick("taylor_memory")["figures"]
 
     assert figures["scores_compared"] > 100
     assert figures["scores_difference"] <= 1e-5
 
 
-def test_peaks_of_taylor_are_those_of_processes_that_did_the_work() -> None:
+def test_peaks_of_taylor_are_those_of_processes_that_did_the_work(quick: Quick) -> None:
     figures = quick("taylor_memory")["figures"]
 
     peaks = [run["peak_rss"] for kind in ("streamed", "full") for run in figures[kind].values()]
@@ -107,7 +130,7 @@ def test_peaks_of_taylor_are_those_of_processes_that_did_the_work() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bf16", "nf4"])
-def test_prune_keeps_the_planned_bytes(kind: str) -> None:
+def test_prune_keeps_the_planned_bytes(quick: Quick, kind: str) -> None:
     figures = quick("prune_stream")["figures"]
 
     assert figures[kind]["kept_bytes"] == figures[kind]["expected_bytes"]
@@ -115,7 +138,7 @@ def test_prune_keeps_the_planned_bytes(kind: str) -> None:
     assert figures["base_bytes"] > figures["bf16"]["kept_bytes"]
 
 
-def test_recovered_file_holds_the_trained_numbers_at_full_size() -> None:
+def test_recovered_file_holds_the_trained_numbers_at_full_size(quick: Quick) -> None:
     figures = quick("recover_70b")["figures"]
 
     assert figures["modules"] == 8 * 7
@@ -124,7 +147,7 @@ def test_recovered_file_holds_the_trained_numbers_at_full_size() -> None:
     assert 0 < figures["output_bytes"] - 2 * 8 * rows_and_columns < 100_000  # bf16, r 8; the rest is the header
 
 
-def test_compared_checkpoints_are_of_the_same_size() -> None:
+def test_compared_checkpoints_are_of_the_same_size(quick: Quick) -> None:
     figures = quick("load_release")["figures"]
 
     assert figures["release_file_tensors"] == figures["stock_file_tensors"] > 300
@@ -132,10 +155,23 @@ def test_compared_checkpoints_are_of_the_same_size() -> None:
     assert figures["release"]["model_bytes"] == pytest.approx(figures["stock"]["model_bytes"], rel=0.02)
 
 
+def test_masked_and_plain_steps_are_compared_in_time_and_memory(quick: Quick) -> None:
+    figures = quick("masked_step")["figures"]
+
+    assert figures["time_ratio"] == max(cell["time_ratio"] for cell in figures["cells"])
+    assert figures["memory_ratio"] == max(cell["memory_ratio"] for cell in figures["cells"])
+
+
+def test_streamed_sparsegpt_chooses_the_weights_of_the_plain_one(quick: Quick) -> None:
+    figures = quick("sparsify_layer")["figures"]
+
+    assert {row["agreeing_mask_entries"] for row in figures["layer_seconds"].values()} == {1.0}
+
+
 def test_every_benchmark_has_a_row_in_the_results() -> None:
     results = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
-    assert all(f"`{script}`" in results for script in SCRIPTS)
+    assert [script for script in SCRIPTS if f"`{script}`" not in results] == []
 
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -160,12 +196,49 @@ def test_sparse_losses_are_measured_once_for_each_method(
 
     found = benchmark.measure(job, {"2:4": {"pattern": "2:4"}})["2:4"]
     again = benchmark.measure(job, {"2:4": {"pattern": "2:4"}})["2:4"]
+    other = benchmark.measure(replace(job, ids=ids.flip(0)), {"2:4": {"pattern": "2:4"}})["2:4"]
 
     assert list(found) == ["magnitude", "wanda", "sparsegpt"]
     assert len({row["loss"] for row in found.values()}) == 3
     assert len({row["kept_parameters"] for row in found.values()}) == 1
     assert again == found  # their seconds, too
+    assert other["sparsegpt"]["loss"] != found["sparsegpt"]["loss"]
+    assert len(list(tmp_path.iterdir())) == 6
     assert all(path.is_file() for path in tmp_path.iterdir())  # the releases are gone
+
+
+def test_sparse_losses_are_told_in_one_line(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from loram_hub.demo import base_model, corpus
+
+    monkeypatch.setattr(base_model, "base_model", lambda: tiny)
+    monkeypatch.setattr(corpus, "stdlib_texts", lambda: some_texts(30, words=20))
+    monkeypatch.setattr(sys, "argv", ["sparse_loss.py", "--quick"])
+
+    script("sparse_loss", monkeypatch).main()
+
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == LINE
+    assert set(found["figures"]["densities"]) == set(found["figures"]["densities"]) & {"4:8", "2:4", "50 %", "55 %"}
+    assert all(math.isfinite(figure) and figure > 0 for figure in numbers(found["figures"]["densities"]))
+
+
+@pytest.mark.parametrize("fact", ["budget", "base_sha256", "data_sha256"])
+def test_variants_of_one_folder_have_one_base_budget_and_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fact: str
+) -> None:
+    benchmark = script("variants", monkeypatch)
+    facts = {"budget": {"steps": 12}, "base_sha256": {"model.safetensors": "a"}, "data_sha256": "b"}
+    benchmark.keep_to_one_study(tmp_path, facts)
+    (tmp_path / "cell-0-plain.json").write_text("{}")
+
+    benchmark.keep_to_one_study(tmp_path, facts)
+    with pytest.raises(SystemExit, match=f"of another study: {fact} differ"):
+        benchmark.keep_to_one_study(tmp_path, {**facts, fact: "other"})
+    (tmp_path / "study.json").unlink()
+    with pytest.raises(SystemExit, match="of which study is unknown"):
+        benchmark.keep_to_one_study(tmp_path, facts)
 
 
 def test_variants_differ_in_pruning_and_masking_alone(

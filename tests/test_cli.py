@@ -31,7 +31,8 @@ EXPECTED_OPTIONS = {
     },
     "prune": {
         "method", "pruning-ratio", "keep-first", "keep-last", "round-to", "importance", "sparsity", "pattern",
-        "calibration", "seed", "quantize", "device", "overwrite", "dry-run", "revision", "token", "json",
+        "calibration", "samples", "tokens", "seed", "quantize", "device", "overwrite", "dry-run", "revision", "token",
+        "json",
     },
     "quantize": {"device", "overwrite", "dry-run", "revision", "token", "json"},
     "card": {"repo-id", "license", "evaluation", "dry-run", "json"},

@@ -24,9 +24,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM
 
 from loram_hub import AutoLoramModel, mask_lora_
-from loram_hub.errors import IncompatibleError, InvalidRequestError, PlanMismatchError, UnsupportedAdapterError
-from loram_hub.masked_lora import is_masked
+from loram_hub.errors import (
+    IncompatibleError,
+    InvalidRequestError,
+    PlanMismatchError,
+    UnsupportedAdapterError,
+    VerificationError,
+)
+from loram_hub.masked_lora import MaskedLayer, is_masked
 from loram_hub.masked_lora.product import KeptWeights, MaskedUpdate, masked_product
+from loram_hub.masks import MaskFile
 from loram_hub.pruning import prune
 
 CPU = torch.device("cpu")
@@ -57,6 +64,8 @@ def test_a_mask_is_the_same_after_packing(columns: int) -> None:
     kept = KeptWeights(mask)
 
     assert np.array_equal(kept(CPU).numpy(), mask)
+    assert kept(torch.device("meta")).shape == (7, columns)
+    assert kept.bits.device == CPU  # replicas on other devices share it
     assert kept.bits.nbytes == 7 * -(-columns // 8)
     assert np.array_equal(kept.zero_pruned_(dense).numpy(), np.where(mask, np.inf, 0))
 
@@ -134,34 +143,60 @@ def test_the_gradient_of_inputs_in_16_bit_is_as_exact_as_from_two_products() -> 
 
 
 class Alive(TorchDispatchMode):
-    """Count the largest number of floating-point tensors of a size that were alive at one time."""
+    """Count the largest number of tensors of a size that were alive at one time, and the bytes of all that were."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.numel, self.most, self._seen = numel, 0, WeakIdKeyDictionary()
+        self.numel, self.most, self.peak, self._seen = numel, 0, 0, WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and made.is_floating_point() and made.numel() == self.numel:
-            self._seen[made] = made.data_ptr()
-        self.most = max(self.most, len(set(self._seen.values())))
+        if isinstance(made, torch.Tensor):
+            is_dense = made.is_floating_point() and made.numel() == self.numel
+            self._seen[made] = (made.data_ptr(), made.untyped_storage().nbytes(), is_dense)
+        alive = set(self._seen.values())
+        self.most = max(self.most, sum(is_dense for _, _, is_dense in alive))
+        self.peak = max(self.peak, sum({place: nbytes for place, nbytes, _ in alive}.values()))
         return made
 
 
-def test_one_dense_update_is_alive_at_a_time() -> None:
-    mask = random_mask(24, 24)
-    x, A, B, W = (each.requires_grad_() for each in tensors((3, 24), (2, 24), (24, 2), (24, 24)))
+@pytest.mark.parametrize(
+    ("dtype", "has_weight", "forward", "backward"),
+    [
+        # At hand in the type: the update, and 1.5 bytes of its mask. Else (NF4, autocast) the weight beside it; but the
+        # forward pass in 16 bit has one after the other.
+        (torch.float32, True, (1, 5.5), (1, 5.5)),
+        (torch.bfloat16, True, (1, 3.5), (1, 3.5)),
+        (torch.float32, False, (2, 8), (2, 8)),
+        (torch.bfloat16, False, (1, 3.5), (2, 4)),
+    ],
+    ids=["fp32", "bf16", "NF4 in fp32", "NF4 in bf16"],
+)
+def test_what_is_alive_at_a_time_is_of_one_layer(
+    dtype: torch.dtype, has_weight: bool, forward: tuple[int, float], backward: tuple[int, float]
+) -> None:
+    size = 256
+    mask = random_mask(size, size)
+    x, A, B, W = (each.requires_grad_() for each in tensors((3, size), (2, size), (size, 2), (size, size), dtype=dtype))
     frozen, M = W.detach(), torch.from_numpy(mask)
-    update = MaskedUpdate(kept=KeptWeights(mask), scale=1.0, weight=lambda _: frozen)
+    codes = frozen.to(torch.float16)  # stands for whatever the weight is made from
+    update = MaskedUpdate(
+        kept=KeptWeights(mask), scale=1.0, weight=lambda to: frozen if has_weight else codes.to(to, copy=True)
+    )
 
-    def most(product: Callable[[torch.Tensor], torch.Tensor]) -> int:
-        alive = Alive(24 * 24)
-        with alive:
-            product(product(product(x))).sum().backward()
-        return alive.most
+    def alive(product: Callable[[torch.Tensor], torch.Tensor]) -> list[tuple[int, float]]:
+        with Alive(size * size) as in_forward:
+            y = product(product(product(x)))
+        with Alive(size * size) as in_backward:
+            y.sum().backward()
+        return [(each.most, each.peak / size**2) for each in (in_forward, in_backward)]
 
-    assert most(lambda given: masked_product(given, A, B, update)) == 1
-    assert most(lambda given: given @ (frozen + (B @ A) * M).t()) > 3  # as autograd alone keeps them
+    found = alive(lambda given: masked_product(given, A, B, update))
+    for (most, peak), (expected, nbytes) in zip(found, (forward, backward), strict=True):
+        assert most == expected
+        assert nbytes <= peak < nbytes + 0.3  # activations and factors
+    (most, _), _ = alive(lambda given: given @ (frozen + (B @ A) * M).t())
+    assert most >= 3  # as autograd alone keeps them
 
 
 @pytest.fixture(scope="module")
@@ -402,6 +437,7 @@ def test_masks_go_where_the_layers_go_and_are_no_part_of_the_state(folder: Path)
     assert (is_masked(model), is_masked(nn.Sequential(model)), is_masked(plain), is_masked(None)) == (
         True, True, False, False,
     )  # fmt: skip
+    assert is_masked(adapted(folder / "llama", target_modules=["q_proj", "lm_head"]))
 
 
 def test_masking_again_changes_nothing_and_reaches_what_another_adapter_brought(folder: Path) -> None:
@@ -411,9 +447,12 @@ def test_masking_again_changes_nothing_and_reaches_what_another_adapter_brought(
     assert_close(gradients(model), before, most=1e-9)
 
     model.add_adapter("second", lora(target_modules=["down_proj"], init_lora_weights=False))
+    assert is_masked(model)  # the active adapter is
     model.set_adapter("second")
+    assert not is_masked(model)
     unmasked = gradients(model)
     mask_lora_(model)
+    assert is_masked(model)
     with pytest.raises(AssertionError):
         assert_close(gradients(model), unmasked)
 
@@ -454,6 +493,23 @@ def test_what_cannot_be_masked_is_refused_and_left_alone(folder: Path, name: str
     assert not is_masked(model)
 
 
+def test_torn_masks_leave_the_model_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(folder / "llama", masked=False)
+    read, seen = MaskFile.read, []
+
+    def read_some(self: MaskFile, name: str) -> Any:
+        seen.append(name)
+        if len(seen) == 5:
+            raise VerificationError(f"{name} is torn.")
+        return read(self, name)
+
+    monkeypatch.setattr(MaskFile, "read", read_some)
+    with pytest.raises(VerificationError, match="is torn"):
+        mask_lora_(model)
+
+    assert not any(isinstance(module, MaskedLayer) for module in model.modules())
+
+
 def test_masks_of_another_model_are_refused(folder: Path) -> None:
     model = adapted(folder / "llama", masked=False)
     other = AutoLoramModel.from_pretrained(folder / "other").loram
@@ -471,12 +527,25 @@ def test_an_adapter_that_is_no_plain_lora_cannot_be_added_later(folder: Path) ->
         model.add_adapter("second", lora(use_dora=True))
 
 
-def test_two_processes_train_as_one_on_both_their_batches(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def in_two_processes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `masked_ranks` saw."""
+    out = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     script = Path(__file__).with_name("masked_ranks.py")
-    subprocess.run([sys.executable, str(script), str(folder / "llama"), str(tmp_path)], env=environment, check=True)
+    subprocess.run([sys.executable, str(script), str(folder / "llama"), str(out)], env=environment, check=True)
+    return out
 
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+
+def test_parameters_that_fsdp_shares_out_are_refused(in_two_processes: Path) -> None:
+    refused = json.loads((in_two_processes / "refused.json").read_text())
+
+    assert refused.keys() == {"forward", "SealCallback", "RecoverCallback"}
+    assert all("Train with DistributedDataParallel, or leave the masks away" in words for words in refused.values())
+
+
+def test_two_processes_train_as_one_on_both_their_batches(folder: Path, in_two_processes: Path) -> None:
+    ranks = [torch.load(in_two_processes / f"{rank}.pt") for rank in (0, 1)]
     model = adapted(folder / "llama")
     halves = []
     for ids in IDS.split(1):

@@ -16,11 +16,14 @@ from hub_server import HubServer
 from pipeline_materials import content_of, save_tiny_base, some_texts, tiny_recipe, write_recipe
 from trust.forks import Ended, Forks
 
+from loram_hub.files import read_json
+from loram_hub.masks import WEIGHT_MASKS
 from loram_hub.pipeline import read_recipe
 
 ROOT = Path(__file__).parents[1]
 IMPORTED = (
     "datasets", "loram_hub.alignment.aligning", "loram_hub.pipeline", "loram_hub.cards.pictures", "loram_hub.cli",
+    "loram_hub.sparsification.sparsifying",
     "torch._dynamo", "torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "accelerate",
     "loram_hub.cpu_nf4", "matplotlib.backends.backend_agg", "transformers.integrations.bitsandbytes",
 )  # fmt: skip
@@ -35,6 +38,13 @@ WAYPOINTS = (
     ".publish/card.json",
 )
 """What is there when the recipe of SmolLM2 is killed: while it prunes, aligns, quantizes, evaluates and pushes."""
+SPARSE_WAYPOINTS = (
+    ".pruned.sparsifying/layer-00000.json",
+    ".pruned.sparsifying/layer-00003.json",
+    "aligned-run/checkpoints/step-00000002",
+    ".publish/quantize.json",
+)
+"""What is there when a sparse recipe is killed: twice while it prunes, while it aligns, while it evaluates."""
 
 
 def dataset(texts: list[str], config: str) -> dict[str, bytes]:
@@ -135,6 +145,36 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(
 
     assert landed >= KILLS
     figure(f"loram publish: {landed} kills of a tiny recipe, the pushed release is always the undisturbed one's")
+
+
+def test_a_killed_sparse_run_ends_with_the_bytes_of_an_undisturbed_one(
+    tiny: tuple[Publishers, Forks, Path], tmp_path: Path
+) -> None:
+    """Pruning is killed between layers, and goes on after those that are finished."""
+    publishers, forks, structured = tiny
+    prune = {"method": "sparsegpt", "sparsity": 0.55, "samples": 16, "tokens": 32, "calibration": TEXTS}
+    recipe = write_recipe(tmp_path / "recipe.yaml", read_json(structured) | {"prune": prune})
+    work = publishers.folder / "sparse"
+    command = ("publish", recipe, "--work-dir", work)
+    with publishers.hub() as hub:
+        whole = forks.run(*command)
+        assert whole.status == 0, whole.output
+        wanted = published(hub, RELEASE)
+    undisturbed = content_of(work / "quantized")
+    assert WEIGHT_MASKS in undisturbed
+    shutil.rmtree(work)
+
+    with publishers.hub() as hub:
+        for waypoint in SPARSE_WAYPOINTS:
+            killed = forks.run(*command, kill_when=work / waypoint, kill_after=0.02)
+            assert killed.was_killed, killed.output
+            assert (work / waypoint).exists()
+        ended = forks.run(*command)
+        assert ended.status == 0, ended.output
+        assert published(hub, RELEASE) == wanted
+
+    assert content_of(work / "quantized") == undisturbed
+    assert not [path for path in work.iterdir() if path.name.endswith((".partial", ".replaced", ".sparsifying"))]
 
 
 def test_a_moved_branch_does_not_change_what_was_begun(tiny: tuple[Publishers, Forks, Path]) -> None:

@@ -43,7 +43,8 @@ RECIPES = (
     "smollm2-135m-unst",
 )  # fmt: skip
 SHRUNK = tuple(name for name in RECIPES if name not in ("llama-2-13b-unst", "smollm2-135m-semi"))
-"""Recipes that are run with a tiny model; the two others are then like two of these."""
+"""Recipes that are run with a tiny model; the two others are then like two of these, and that of SmolLM2 is run with
+the real one (test_sparse_real_model.py)."""
 SCRIPTS = ("release.sh", "slurm.sh", "torchrun.sh")  # the first is run by test_end_to_end.py
 THE_PAPERS = {
     "llama-2-13b": 6_005_662_720,

@@ -18,10 +18,11 @@ from loram_hub import AutoLoramModel
 from loram_hub.architecture import architecture_of
 from loram_hub.checkpoint import read_config
 from loram_hub.errors import InvalidRequestError
+from loram_hub.estimation import Cost, Hardware
 from loram_hub.manifest import Sparsification
 from loram_hub.masks import WEIGHT_MASKS
 from loram_hub.pipeline import Published, check_publish, publish, recipe_from
-from loram_hub.pipeline.preview import stage_costs
+from loram_hub.pipeline.preview import sparse_counts_of, stage_costs
 from loram_hub.release import Release, verify
 from loram_hub.sparsification.finished import FinishedLayers, work_folder
 
@@ -298,8 +299,33 @@ def test_estimates_follow_from_sizes_and_calibration(made: Path) -> None:
     tokens = 8 * 16
     layer = 2 * tokens * (2 * 24**2 + 60**2 + 36**2) + 2 / 3 * (2 * 24**3 + 60**3 + 36**3)
     layer += 24**2 * (120 + 72) + 60**2 * 24 + 36**2 * 24
-    assert semi["prune"].flops - wanda["prune"].flops == pytest.approx(6 * layer)
-    assert wanda["prune"].flops > least["prune"].flops == 0
+    assert semi["prune"].fp32_flops == pytest.approx(6 * layer)
+    assert semi["prune"].flops == wanda["prune"].flops > least["prune"].flops == 0
+    assert wanda["prune"].fp32_flops == 0
     assert semi["prune"].memory_bytes > wanda["prune"].memory_bytes > least["prune"].memory_bytes
     structured = stage_costs(recipe_from(tiny_recipe(made)), architecture)
     assert structured["align"].memory_bytes < semi["align"].memory_bytes
+
+
+def test_operations_in_fp32_take_the_time_of_fp32() -> None:
+    cost = Cost(flops=2e12, fp32_flops=1e12)
+    machine: dict[str, Any] = {"gpu": "a GPU", "memory_gib": 8, "tflops": 4, "utilization": 0.5}
+
+    assert cost.seconds(Hardware(**machine)) == 3 / 4 / 0.5
+    assert cost.seconds(Hardware(**machine, fp32_tflops=0.25)) == (2 / 4 + 1 / 0.25) / 0.5
+    with pytest.raises(InvalidRequestError, match=r"fp32_tflops is 0; a number above 0"):
+        Hardware(**machine, fp32_tflops=0)
+
+
+def test_estimates_round_as_the_method_does(made: Path) -> None:
+    """Wanda removes as many weights of every row: of 24 where 49 % are asked for, 11 and not 11.76."""
+    architecture = architecture_of(read_config(made / "base"))
+
+    def kept(method: str) -> int:
+        recipe = recipe_from(sparse_recipe(made, {"method": method, "sparsity": 0.49}))
+        return sparse_counts_of(recipe, architecture).kept_weights
+
+    shapes = [(60, 24), (30, 24), (30, 24), (24, 60), (36, 24), (36, 24), (24, 36)]
+    assert kept("wanda") == 6 * sum(rows * (columns - columns * 49 // 100) for rows, columns in shapes)
+    assert kept("sparsegpt") == 6 * sum(rows * columns - rows * columns * 49 // 100 for rows, columns in shapes)
+    assert kept("wanda") > kept("sparsegpt")

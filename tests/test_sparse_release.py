@@ -792,7 +792,30 @@ def test_what_thresholds_and_ties_leave_is_no_lie(sound: Path, tmp_path: Path) -
 
     pruning_with(sparsity=1 - (kept + 0.0005 * prunable) / prunable)(folder)
 
-    verify(folder)
+    assert verify(folder).manifest.pruning.kept_weights == kept  # type: ignore[union-attr]
+
+    rows = sum(rows for rows, _ in projection_shapes(release.plan).values())
+    pruning_with(sparsity=1 - (kept + 0.001 * prunable + rows + 2) / prunable)(folder)
+    with pytest.raises(PlanMismatchError, match="claims a sparsity"):
+        verify(folder)
+
+
+def test_a_check_of_the_zeros_is_remembered_by_all_that_it_depends_on(sound: Path, tmp_path: Path) -> None:
+    """Weights and masks say little without their shapes, which the config gives."""
+    folder, checked = copy_of(sound, "unstructured", tmp_path), []
+
+    def remember(name: str, check: Callable[[], None]) -> None:
+        check()
+        checked.append(name)
+
+    verify(folder, once=remember)
+    verify(sound / "unstructured", once=remember)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"attention_dropout": 0.125}))
+    reseal(folder)
+    verify(folder, once=remember)
+
+    assert checked[0] == checked[1] != checked[2]
 
 
 def test_a_pattern_of_the_manifest_is_that_of_the_masks(sound: Path) -> None:

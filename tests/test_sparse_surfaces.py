@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from builders import (
 from click.testing import CliRunner
 from hub_client import python
 from hub_server import HubServer
+from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -48,6 +51,7 @@ LLAMA_2_13B = {
     "num_attention_heads": 40,
     "vocab_size": 32000,
 }
+DOCS = Path(__file__).parents[1] / "docs"
 TEXT = " ".join(f"w{4 + 7 * number % 49}" for number in range(40))
 LAYERS = 8
 """Enough for a structured release with four layers whole at the start and two at the end."""
@@ -129,6 +133,51 @@ def test_masks_take_as_many_bits_per_weight_as_their_codes(config: Path, pattern
     assert counts.packed_bf16_bytes == 2 * (rest + counts.kept_weights) + counts.mask_bytes
 
 
+def test_docs_state_the_sizes_that_are_counted(config: Path) -> None:
+    page = (DOCS / "format.md").read_text(encoding="utf-8").partition("### Sizes\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    in_bits, in_gigabytes = (rows[start + 2 : start + 6] for start in (0, 6))
+    asked: dict[str, dict[str, Any]] = {
+        "2:4": {"pattern": "2:4"},
+        "4:8": {"pattern": "4:8"},
+        "unstructured, 55 % removed": {"sparsity": 0.55},
+    }
+    assert [row[0] for row in in_bits] == [row[0] for row in in_gigabytes] == ["none", *asked]
+
+    for number, wanted in enumerate(asked.values(), start=1):
+        counts = count_parameters(config, **wanted)
+        rest, mask = 2 * (counts.original_parameters - counts.prunable_weights), counts.mask_bytes
+        stored = [counts.bf16_bytes + mask, counts.packed_bf16_bytes, counts.nf4_bytes + mask, counts.packed_nf4_bytes]
+        bits = [8 * mask / counts.prunable_weights, *(8 * (each - rest) / counts.prunable_weights for each in stored)]
+        assert [float(cell) for cell in in_bits[number][1:]] == pytest.approx(bits, abs=5.1e-4)
+        gigabytes = [each / 1e9 for each in (mask, *stored)]
+        assert [float(cell) for cell in in_gigabytes[number][1:]] == pytest.approx(gigabytes, abs=5.1e-3)
+        assert [*in_bits[0][1::2], in_bits[0][2]] == ["", "", "", "16"]
+        whole = [float(in_bits[0][4]), float(in_gigabytes[0][2]), float(in_gigabytes[0][4])]
+        nf4_bits = 8 * (counts.nf4_bytes - rest) / counts.prunable_weights
+        assert whole == pytest.approx([nf4_bits, counts.bf16_bytes / 1e9, counts.nf4_bytes / 1e9], abs=5.1e-3)
+
+
+def test_packed_nf4_is_what_is_stored_without_the_codes_of_zeros(releases: dict[str, Path]) -> None:
+    """By the tensors of a release: all scales stay, so that unpacking gives the same bytes."""
+    counts = info(releases["4:8"])
+    tensors = {
+        name: tensor.nbytes
+        for name, tensor in _arrays(releases["4:8"] / "model.safetensors").items()
+        if not name.endswith((".quant_map", ".nested_quant_map", ".bitsandbytes__nf4"))
+    }
+
+    assert counts["nf4_bytes"] == sum(tensors.values())
+    removed = counts["prunable_weights"] - counts["kept_weights"]
+    assert counts["packed_nf4_bytes"] == sum(tensors.values()) - removed // 2 + counts["mask_bytes"]
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file as load_tensors  # numpy has no bf16
+
+    return load_tensors(path)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -143,6 +192,7 @@ def test_masks_take_as_many_bits_per_weight_as_their_codes(config: Path, pattern
         (["prune", "{base}", "{out}", "--method", "sparsegpt", "--sparsity", "0.5", "--importance", "random"], "--imp"),
         (["prune", "{base}", "{out}", "--method", "sparsegpt", "--round-to", "64", "--pattern", "2:4"], "--round-to"),
         (["prune", "{base}", "{out}", "--method", "sparsegpt"], "sparsity"),
+        (["prune", "{base}", "{out}", "--samples", "4"], "--samples"),
         (["prune", "{base}", "{out}", "--method", "magnitude", "--sparsity", "0.5", "--pattern", "2:4"], "2:4"),
         (["estimate", "{release}", "--pruning-ratio", "0.5"], "is a release"),
         (["estimate", "{base}", "--pruning-ratio", "0.5", "--masked-lora"], "nothing to mask"),
@@ -177,6 +227,25 @@ def test_prune_makes_what_plan_and_dry_run_have_counted(base: Path, tmp_path: Pa
     weights = zeros_of(tmp_path / "release") if asked[0] == "--sparsity" else made["prunable_weights"] // 2
     assert made["prunable_weights"] - made["kept_weights"] == weights
     assert f"Next: loram verify {tmp_path / 'release'}" in command("prune", *arguments[1:], "--overwrite").stderr
+
+
+def test_calibration_and_rounding_by_row_are_what_was_asked(base: Path, tmp_path: Path) -> None:
+    """Wanda removes the same number of weights from every row, so of rows of 24 it takes 13 for a share of 0.55."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(f"{json.dumps({'text': TEXT})}\n" * 4, encoding="utf-8")
+    arguments = ("prune", base, tmp_path / "release", "--method", "wanda", "--sparsity", "0.55", "--json")
+    asked = (*arguments, "--calibration", texts, "--samples", "3", "--tokens", "16")
+
+    dry = json.loads(command(*asked, "--dry-run").stdout)
+    made = json.loads(command(*asked).stdout)
+
+    release = open_metadata(tmp_path / "release")
+    assert release.manifest.pruning.calibration is not None
+    assert {"samples": 3, "tokens": 16}.items() <= release.manifest.pruning.calibration.items()
+    shapes = projections(release.plan).values()
+    kept = sum(rows * (columns - columns * 55 // 100) for rows, columns in shapes)
+    assert made["kept_weights"] == dry["kept_weights"] == kept
+    assert kept > count_parameters(base, sparsity=0.55).kept_weights  # by whole matrices, as the others round
 
 
 def test_library_refuses_both_ways_of_pruning_at_once(config: Path) -> None:
@@ -307,7 +376,10 @@ def test_the_card_states_sizes_and_that_zeros_save_no_memory(base: Path, release
     assert f"{masks / 1024:,.2f} KiB of masks" in text
     assert "masks of this release, 1 bit per weight" in text
     assert "single weights were set to zero" in text
-    assert "mask_lora_" in text
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert ["mask_lora_(trainer.model)" in block for block in blocks] == [False, True]
+    for block in blocks:
+        compile(block, "card", "exec")
     assert "KV heads" not in text
     assert not any(name.startswith("pictures/") for name in card.files)
     tables = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE)
@@ -417,6 +489,44 @@ def _config(values: Any) -> Any:
 
     config = {key: value for key, value in base_config_of(values).items() if key != "model_type"}
     return AutoConfig.for_model("llama", **config)
+
+
+def test_which_revision_is_recorded_where_nothing_says_and_all_give_the_same(
+    releases: dict[str, Path],
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    adapter = Path(shutil.copytree(trained, tmp_path / "adapter", ignore=shutil.ignore_patterns("loram.json")))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "alice/sparse"}))
+    repository = tmp_path / "cache" / "models--alice--sparse"
+    commits = {name: digit * 40 for name, digit in (("4:8", "a"), ("unstructured", "b"))}
+
+    def recovered(name: str) -> tuple[bool, str | None, str | None]:
+        found = recover(adapter, tmp_path / name, dtype="float32")
+        release = json.loads((tmp_path / name / "loram.json").read_text())["release"]
+        return found.assumed, found.release_commit, release["commit"]
+
+    one = commits["unstructured"]
+    shutil.copytree(releases["unstructured"], repository / "snapshots" / one)
+    assert recovered("one") == (False, one, one)  # its weights are here, and no others
+
+    shutil.copytree(releases["4:8"], repository / "snapshots" / commits["4:8"])
+    assert recovered("several") in [(True, commit, None) for commit in commits.values()]
+
+    for commit in commits.values():
+        (repository / "snapshots" / commit / "model.safetensors").unlink()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(one)
+    assert recovered("latest") == (True, one, None)
+
+    assert [each.message for each in caplog.records if each.levelno >= logging.WARNING] == []
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "several", "latest")]
+    assert weights[0] == weights[1] == weights[2]
+    assert verify(tmp_path / "several").kind == "recovered adapter"
 
 
 def test_the_card_of_a_recovered_adapter_says_that_it_was_masked(trained: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import HEADS, MODEL_TYPES, save_base, save_tokenizer, tiny_config
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killed import bytes_of
@@ -26,7 +26,7 @@ from loram_hub.release import Release
 from loram_hub.sparsification import SparsitySettings, asked_counts, check_sparsify, sparsify
 from loram_hub.sparsification import layers as streamed_layers
 from loram_hub.sparsification.counts import kept_of, projection_shapes
-from loram_hub.sparsification.finished import work_folder
+from loram_hub.sparsification.finished import only_process, work_folder
 from loram_hub.sparsification.matrices import SparseMatrix, prune_matrices
 from loram_hub.sparsification.selection import keep_in_groups, keep_in_rows, keep_of_all
 from loram_hub.sparsification.statistics import Hessian, InputNorms, collected
@@ -38,10 +38,13 @@ PATTERNS = ("2:4", "4:8", "1:4", "3:8")
 Plain = tuple[torch.Tensor, torch.Tensor]
 
 
-def plain_sparsegpt(weight: torch.Tensor, inputs: torch.Tensor, asked: SparsitySettings) -> Plain:
+def plain_sparsegpt(
+    weight: torch.Tensor, inputs: torch.Tensor, asked: SparsitySettings, *, as_published: bool = False
+) -> Plain:
     """Optimal brain surgeon, a column at a time, in float64: every inverse Hessian is worked out anew.
 
-    `inputs` (samples, tokens, in_features).
+    `inputs` (samples, tokens, in_features). As published a block loses all that is not above the score with the index
+    int(n * sparsity) in their order, instead of as many as the whole matrix owes up to there.
     """
     hessian = 2 / len(inputs) * sum(x.double().T @ x.double() for x in inputs)
     weight, diagonal = weight.double().clone(), hessian.diagonal()
@@ -57,7 +60,10 @@ def plain_sparsegpt(weight: torch.Tensor, inputs: torch.Tensor, asked: SparsityS
             stop = min(column + step, columns)
             costs = torch.stack([torch.linalg.inv(hessian[j:, j:])[0, 0] for j in range(column, stop)])
             scores = weight[:, column:stop] ** 2 / costs
-            if group is None:
+            if as_published:
+                threshold = scores.flatten().sort().values[int(scores.numel() * asked.removed_share)]
+                kept[:, column:stop] = scores > threshold
+            elif group is None:
                 assert asked.sparsity is not None
                 count = int(rows * stop * asked.sparsity + 1e-9) - int(rows * column * asked.sparsity + 1e-9)
                 lowest = scores.flatten().argsort()[:count]
@@ -140,6 +146,35 @@ def test_unstructured_sparsegpt_equals_the_plain_surgeon(block_size: int) -> Non
     weight, inputs = matrix(), correlated_inputs()
 
     assert_same(pruned(weight, inputs, asked), plain_sparsegpt(weight, inputs, asked))
+
+
+@pytest.mark.parametrize("block_size", [COLUMNS, 16])
+def test_unstructured_sparsegpt_equals_the_published_rule_with_the_one_weight_more_that_it_takes_per_block(
+    block_size: int,
+) -> None:
+    weight, inputs, in_block = matrix(), correlated_inputs(), ROWS * block_size
+    published = plain_sparsegpt(
+        weight, inputs, SparsitySettings(sparsity=0.55, block_size=block_size), as_published=True
+    )
+    removed = int(in_block * 0.55) + 1
+    asked = SparsitySettings(sparsity=(removed + 0.1) / in_block, block_size=block_size)
+
+    assert int((~published[1]).sum()) == removed * COLUMNS // block_size
+    assert_same(pruned(weight, inputs, asked), published)
+
+
+def test_asked_for_the_same_sparsity_the_published_rule_removes_one_weight_more() -> None:
+    asked = SparsitySettings(sparsity=0.55, block_size=COLUMNS)
+    weight, inputs = matrix(), correlated_inputs()
+
+    found = pruned(weight, inputs, asked)
+
+    expected, kept = plain_sparsegpt(weight, inputs, asked, as_published=True)
+    assert int((found.mask_OI & ~kept).sum()) == 1
+    assert not (kept & ~found.mask_OI).any()
+    row = int((found.mask_OI & ~kept).any(dim=1).nonzero())  # the others are those of the published rule
+    others = [idx for idx in range(ROWS) if idx != row]
+    assert_same(SparseMatrix(found.weight_OI[others], found.mask_OI[others]), (expected[others], kept[others]))
 
 
 @pytest.mark.parametrize("block_size", [128, 13])
@@ -439,7 +474,24 @@ def test_the_release_says_how_it_was_made_and_what_it_keeps(tmp_path: Path, base
     assert made.calibration is not None
     assert (made.calibration["samples"], made.calibration["tokens"]) == (SAMPLES, TOKENS)
     assert release.manifest.parameters == planned.pruned_parameters
-    assert release.manifest.recipe["sparsify"]["block_size"] == 10
+    assert release.manifest.recipe["sparsify"] == {
+        "base": release.manifest.base.id, "revision": None, "method": "sparsegpt", "sparsity": None, "pattern": "1:4",
+        "seed": 5, "calibration": "token ids", "dampening": 0.02, "block_size": 10,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["file", "list"])
+def test_the_recipe_names_the_texts_without_a_path_of_this_machine(tmp_path: Path, base: Path, kind: str) -> None:
+    texts = [" ".join(f"w{4 + (number * step) % 49}" for number in range(30)) for step in range(1, 9)]
+    path = tmp_path / "some texts.txt"
+    path.write_text("\n".join(texts))
+    asked = SparsitySettings(method="wanda", sparsity=0.5, samples=3, tokens=16)
+
+    release = sparsify(base, tmp_path / "out", settings=asked, calibration=path if kind == "file" else texts)
+
+    recipe = release.manifest.recipe["sparsify"]
+    assert recipe["calibration"] == {"file": "some texts.txt", "list": "8 texts"}[kind]
+    assert (recipe["samples"], recipe["tokens"]) == (3, 16)
 
 
 def test_two_runs_give_the_same_bytes(tmp_path: Path, base: Path) -> None:
@@ -662,6 +714,41 @@ def test_a_damaged_layer_is_pruned_anew(
 def test_two_processes_do_not_make_one_release(tmp_path: Path, base: Path) -> None:
     with FileLock(tmp_path / ".out.sparsifying.lock"), pytest.raises(ResourceError, match="Another process"):
         sparsify(base, tmp_path / "out", settings=ASKED, calibration=calibration())
+
+
+@pytest.mark.parametrize("kind", [PermissionError, Timeout])
+def test_errors_of_the_work_are_not_taken_for_those_of_the_lock(tmp_path: Path, kind: type[OSError]) -> None:
+    with pytest.raises(kind, match="another file"), only_process(tmp_path / "new" / "out"):
+        raise kind("another file")
+
+    with (
+        only_process(tmp_path / "new" / "out"),
+        pytest.raises(ResourceError, match="Another process"),
+        only_process(tmp_path / "new" / "out"),
+    ):
+        pass
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_layers_of_another_number_of_threads_are_taken_up_with_a_warning(
+    tmp_path: Path, base: Path, stop_at: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    threads = torch.get_num_threads()
+    stop_at(2)
+    with pytest.raises(Stopped):
+        sparsify(base, tmp_path / "out", settings=ASKED, calibration=calibration())
+    stop_at(-1)
+
+    try:
+        torch.set_num_threads(threads + 1)
+        with caplog.at_level(logging.INFO):
+            release = sparsify(base, tmp_path / "out", settings=ASKED, calibration=calibration())
+    finally:
+        torch.set_num_threads(threads)
+
+    assert "after 2 layers that were finished before" in caplog.text
+    assert f"finished with {threads} threads, and the others will be with {threads + 1}" in caplog.text
+    assert_equals_plain_run(release, base, calibration(), ASKED)
 
 
 def test_a_disk_without_room_is_told_before_any_work(

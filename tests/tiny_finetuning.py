@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders import save_base, save_tokenizer, tiny_config
+from builders import save_base, save_tokenizer, sparse_config, sparse_release, tiny_config
 from datasets import Dataset, disable_progress_bars  # type: ignore[import-untyped]  # has no types
 from peft import LoraConfig
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
@@ -31,6 +31,15 @@ def save_tiny_release(folder: Path, *, quantize: bool = True, seed: int = 0) -> 
         base, folder, pruning_ratio=0.5, keep_first=1, keep_last=1, importance="random", quantize=quantize, seed=seed
     )  # fmt: skip
     return folder
+
+
+def save_sparse_release(folder: Path) -> Path:
+    """Write an NF4 release without half of the weights of a tiny base, which is written beside it."""
+    base = save_base(
+        folder.with_name(f"{folder.name}-base"), sparse_config(tie_word_embeddings=False), dtype="bfloat16"
+    )
+    save_tokenizer(base)
+    return sparse_release(folder, base, pattern="4:8", nf4=True)
 
 
 def examples(count: int, *, first: int = 0) -> Dataset:

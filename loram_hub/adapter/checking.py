@@ -226,8 +226,8 @@ def refuse_pruned(folder: Path, *, base_config: Mapping[str, Any] | None = None)
     reason = looks_pruned(folder, base_config=base_config)
     if reason is not None:
         raise UnsupportedAdapterError(
-            f"{folder} is a pruned adapter: {reason}. On the original model it would fail, or answer wrongly. "
-            f"Recover it first: loram recover {folder} OUT"
+            f"{folder} is a pruned adapter: {reason}. The original model is not what it was trained on: there it "
+            f"may fail, or answer wrongly. Recover it first: loram recover {folder} OUT"
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from loram_hub.adapter.config import VOCABULARY_REMEDY, parse_config
 from loram_hub.adapter.mark import digest_of_mark
+from loram_hub.adapter.modules import LM_HEAD_MODULE
 from loram_hub.adapter.reading import Adapter, build_adapter
 from loram_hub.adapter.tensors import DTYPES, Factor, factor_names, mark_names
 from loram_hub.errors import UnsupportedAdapterError
@@ -17,6 +18,32 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel
+
+
+class MaskedModule:
+    """Base of LoRA layers whose update is masked, which `masked_lora` makes: what they are known by here."""
+
+    __slots__ = ()
+
+
+def is_masked(model: nn.Module | None) -> bool:
+    """Whether the active adapters of a model, perhaps wrapped by a trainer, are masked on every projection they adapt.
+
+    Layers that a further adapter brought after `mask_lora_` are not masked before it is called again, and a model in
+    which such an adapter is active is not either. No mask is for the lm_head.
+
+    Args:
+        model: with LoRA or without; None for none.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    layers = [
+        layer
+        for path, layer in (() if model is None else model.named_modules())
+        if isinstance(layer, LoraLayer) and path.rpartition(".")[2] != LM_HEAD_MODULE
+        if any(name in layer.lora_A for name in layer.active_adapters)
+    ]
+    return bool(layers) and all(isinstance(layer, MaskedModule) for layer in layers)
 
 
 def read_model(model: PeftModel) -> Adapter:
@@ -42,7 +69,7 @@ def read_model(model: PeftModel) -> Adapter:
     return replace(
         adapter,
         marked_plan=marks.pop() if len(marks) == 1 else None,
-        was_masked=any(hasattr(module, "kept_weights") for module in model.modules()),  # `masked_lora` has them
+        was_masked=is_masked(model),
     )
 
 

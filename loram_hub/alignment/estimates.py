@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loram_hub.alignment.settings import AlignmentSettings, Precision, is_trained
-from loram_hub.architecture import LAYER_PREFIX, layer_tensor
+from loram_hub.architecture import LAYER_PREFIX
+from loram_hub.masks import mask_bytes, projection_shapes
 from loram_hub.plan import Plan
 
 _STORED_BYTES: Mapping[str, int] = {"fp32": 4, "mixed": 4, "bf16": 2}
@@ -114,9 +115,8 @@ def estimate(plan: Plan, settings: AlignmentSettings, *, precision: Precision, p
 def _mask_bytes(plan: Plan, trained: Mapping[str, tuple[int, ...]], processes: int) -> int:
     if plan.masks_sha256 is None:
         return 0
-    layers = range(plan.architecture.num_hidden_layers)
-    names = [layer_tensor(layer, weight.name) for layer in layers for weight in plan.architecture.projections]
-    return sum(-(-trained[name][0] // processes) * -(-trained[name][1] // 8) for name in names)
+    shapes = [trained[name] for name in projection_shapes(plan)]
+    return sum(mask_bytes(-(-rows // processes), columns) for rows, columns in shapes)
 
 
 def _optimizer_bytes(elements: int, settings: AlignmentSettings, stored: int) -> int:

@@ -10,13 +10,13 @@ Each process has the masks of its own rows, one bit per weight, and unpacks one 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from loram_hub.alignment.launch import Ranks
-from loram_hub.alignment.model import local_rows
+from loram_hub.alignment.model import local_of, local_rows
 from loram_hub.release import Release
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class GradientMasks:
         for name, kept in self.kept.items():
             gradient = parameters[name].grad
             if gradient is not None:
-                kept.zero_pruned_(cast("DTensor", gradient)._local_tensor)
+                kept.zero_pruned_(local_of(gradient))
 
 
 def gradient_masks(release: Release, model: nn.Module, ranks: Ranks) -> GradientMasks:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from loram_hub.alignment.launch import Ranks
+from loram_hub.alignment.model import local_of
 from loram_hub.alignment.settings import AlignmentSettings
 from loram_hub.errors import IncompatibleError, InvalidRequestError, MissingDependencyError
 
@@ -66,7 +67,7 @@ class ShardedAdamW:
         self._settings = settings
         self.parameters = {name: cast("DTensor", parameter) for name, parameter in parameters}
         # A plain parameter over the same memory for each: what optimizers and their kernels take.
-        self._locals = {name: nn.Parameter(tensor._local_tensor) for name, tensor in self.parameters.items()}
+        self._locals = {name: nn.Parameter(local_of(tensor)) for name, tensor in self.parameters.items()}
         held = [(name, local) for name, local in self._locals.items() if local.numel()]  # few rows, many processes
         groups = [
             {"params": [local for _, local in held if local.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -97,7 +98,7 @@ class ShardedAdamW:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         for name, tensor in self.parameters.items():
-            self._locals[name].grad = None if tensor.grad is None else cast("DTensor", tensor.grad)._local_tensor
+            self._locals[name].grad = None if tensor.grad is None else local_of(tensor.grad)
         self._optimizer.step()
         self.forget_gradients()
 
@@ -154,7 +155,7 @@ class ShardedAdamW:
     def _gradients(self) -> Iterator[torch.Tensor]:
         for tensor in self.parameters.values():
             if tensor.grad is not None:
-                local = cast("DTensor", tensor.grad)._local_tensor
+                local = local_of(tensor.grad)
                 if local.numel():
                     yield local
 

@@ -64,6 +64,11 @@ sparsity_options = combined(
         help="Remove single weights: KEEP n of every m inputs, as in 4:8 (half). SparseGPT's code counts what goes.",
     ),
 )
+CALIBRATION = ("samples", "tokens")
+calibration_options = combined(
+    click.option("--samples", type=int, help="Rows of calibration for sparsegpt and wanda [128]."),
+    click.option("--tokens", type=int, help="Tokens in such a row, at most the model's context [2048]."),
+)
 STRUCTURE = ("pruning_ratio", "keep_first", "keep_last", "round_to")
 structure_options = combined(
     click.option("--pruning-ratio", type=float, default=0.85, show_default=True, help="Share removed, in [0, 1)."),

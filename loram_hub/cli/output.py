@@ -86,7 +86,10 @@ def _sparse_rows(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("weights in bf16", f"{size_text(counts['bf16_bytes'])}  (zeros included)"),
         ("weights in NF4", f"{size_text(counts['nf4_bytes'])}  (zeros included; embeddings and lm_head in bf16)"),
         ("masks", f"{size_text(counts['mask_bytes'])}  ({counts['mask_bits']:.3g} bit per weight, on top)"),
-        ("without the zeros", f"{packed} in bf16, {in_nf4} in NF4, masks included  (computed; releases store the zeros)"),
+        (
+            "without the zeros",
+            f"{packed} in bf16, {in_nf4} in NF4, masks included  (computed; releases store the zeros)",
+        ),
     ]
 
 

@@ -10,8 +10,10 @@ import click
 
 from loram_hub.cli.group import main
 from loram_hub.cli.options import (
+    CALIBRATION,
     SPARSITY,
     STRUCTURE,
+    calibration_options,
     evaluation_option,
     given_options,
     hub_options,
@@ -84,6 +86,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     "--calibration",
     help="Texts for taylor, sparsegpt and wanda: a .jsonl, .txt or .parquet file, a folder, or a dataset id.",
 )
+@calibration_options
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of random scores and the choice of calibration texts."
 )
@@ -96,7 +99,8 @@ def prune(base: str, out: Path, method: str, dry_run: bool, as_json: bool, **opt
     """Prune BASE (Hub id or folder) into the release folder OUT.
 
     The default method removes channel groups, by --pruning-ratio, and the model gets smaller. The others remove single
-    weights, by --pattern or --sparsity, and leave zeros in matrices of the same sizes.
+    weights, by --pattern or --sparsity, and leave zeros in matrices of the same sizes. SparseGPT's dampening and block
+    size can be set in a recipe (loram publish).
     """
     if dry_run:
         counts = _check_prune(base, out, method, options).to_dict()
@@ -136,12 +140,18 @@ def _arguments(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
                 f"{' and '.join(given)} removes single weights; --method structured, the default, removes channel "
                 "groups by --pruning-ratio. Add --method sparsegpt, or wanda or magnitude."
             )
-        return {name: value for name, value in options.items() if name not in SPARSITY}
+        if given := given_options(CALIBRATION):
+            raise InvalidRequestError(
+                f"{' and '.join(given)} says how much of the texts sparsegpt and wanda look at; --method structured "
+                "has numbers of its own. Leave it out, or add --method sparsegpt or wanda."
+            )
+        return {name: value for name, value in options.items() if name not in (*SPARSITY, *CALIBRATION)}
     _refuse_structure(f"--method {method}")
     from loram_hub.sparsification.settings import SparsitySettings
 
     asked: dict[str, Any] = {"method": method, **{name: options[name] for name in SPARSITY}}
-    unused = (*SPARSITY, *STRUCTURE, "importance")
+    asked |= {name: options[name] for name in CALIBRATION if options[name] is not None}
+    unused = (*SPARSITY, *CALIBRATION, *STRUCTURE, "importance")
     rest = {name: value for name, value in options.items() if name not in unused}
     return {**rest, "settings": SparsitySettings(**asked)}
 

@@ -15,6 +15,7 @@ from loram_hub.estimation.costs import (
     prune_cost,
     quantize_cost,
     refit_cost,
+    sparsify_cost,
     teach_cost,
     transfer_cost,
 )
@@ -24,7 +25,14 @@ from loram_hub.estimation.options import MemoryOptions
 from loram_hub.estimation.settings import Optimizer, Reserves, TrainingShape, chosen_targets
 from loram_hub.estimation.sizes import SIXTEEN_BIT, ModelSize, model_size
 from loram_hub.estimation.solving import Largest, largest_settings, largest_that_fits, smallest_ratio
-from loram_hub.estimation.sparsity import SparseCounts, mask_memory, planned_sparse_counts, sparse_counts
+from loram_hub.estimation.sparsity import (
+    SparseCounts,
+    kept_of,
+    mask_memory,
+    planned_sparse_counts,
+    removed_of,
+    sparse_counts,
+)
 from loram_hub.estimation.training import MemoryBreakdown, training_memory
 
 __all__ = [
@@ -48,6 +56,7 @@ __all__ = [
     "chosen_targets",
     "evaluate_cost",
     "gpu_memory",
+    "kept_of",
     "largest_settings",
     "largest_that_fits",
     "mask_memory",
@@ -56,8 +65,10 @@ __all__ = [
     "prune_cost",
     "quantize_cost",
     "refit_cost",
+    "removed_of",
     "smallest_ratio",
     "sparse_counts",
+    "sparsify_cost",
     "teach_cost",
     "training_memory",
     "transfer_cost",

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 from loram_hub.estimation.hardware import Cost
 from loram_hub.estimation.sizes import SIXTEEN_BIT, ModelSize
+from loram_hub.estimation.sparsity import SparseCounts
 
 TAYLOR_LAYERS = 5
 """Peak memory of streamed Taylor importance in layers: weights, gradients, scores in fp32, activations, and what the
 allocator keeps. `benchmarks/taylor_memory.py` measures 5 at 8 to 32 layers."""
+_FP32 = 4
 _COMPUTED = {"fp32": 4, "mixed": 2, "bf16": 2}
 """Bytes of a weight and an activation where they are computed with."""
 
@@ -46,6 +48,58 @@ def prune_cost(base: ModelSize, pruned: ModelSize, *, method: str, tokens: int) 
         flops=8.0 * base.active * tokens if taylor else 0.0,
         disk_bytes=reads * base.bytes_16 + pruned.bytes_16,
     )
+
+
+def sparsify_cost(base: ModelSize, counts: SparseCounts, *, method: str, tokens: int) -> Cost:
+    """Estimate `sparsify`.
+
+    With D tokens of calibration each layer of N parameters runs twice, 4 N D operations. SparseGPT has, for each tensor
+    of K columns that enters a layer's matrices, the products of its columns (2 D K^2 operations), their decomposition
+    and inverse (2 K^3 / 3), and for each matrix of O rows that it enters the updates (O K^2), all of it in fp32. In
+    memory are a layer, the widest matrices that share an input twice over, the products of one layer, three more of the
+    widest, and the hidden states of the calibration. Columns are pruned one after another: a GPU, which starts work for
+    each of them, takes longer than its operations say.
+
+    Pruned layers and their masks lie in a work folder until the release is there, so that the disk holds the weights
+    twice over.
+
+    Args:
+        base: before.
+        counts: what is kept.
+        method: `sparsegpt`, `wanda` or `magnitude`.
+        tokens: of calibration; `magnitude` has none.
+    """
+    in_memory = 3 * _FP32 * base.largest_tensor  # weights, scores, and the sorting of them
+    flops = fp32_flops = 0.0
+    if method != "magnitude":
+        flops = 4.0 * sum(base.layers) * tokens
+        widest = max(columns * rows for widths in base.widths for columns, rows in _inputs(base, widths))
+        in_memory = _FP32 * base.largest_layer + 2 * _FP32 * widest + SIXTEEN_BIT * tokens * base.hidden_size
+    if method == "sparsegpt":
+        fp32_flops = sum(
+            2.0 * tokens * columns**2 + 2 / 3 * columns**3 + rows * columns**2
+            for widths in base.widths
+            for columns, rows in _inputs(base, widths)
+        )
+        squares = [[columns**2 for columns, _ in _inputs(base, widths)] for widths in base.widths]
+        in_memory += _FP32 * max(sum(layer) + 3 * max(layer) for layer in squares)
+    output = base.bytes_16 + counts.mask_bytes
+    finished = SIXTEEN_BIT * counts.prunable_weights + 2 * counts.mask_bytes
+    return Cost(
+        output_bytes=output,
+        scratch_bytes=finished,
+        memory_bytes=in_memory,
+        flops=flops,
+        fp32_flops=fp32_flops,
+        disk_bytes=base.bytes_16 + 3 * finished + output,  # finished layers are written, hashed and read
+    )
+
+
+def _inputs(base: ModelSize, widths: tuple[int, int, int]) -> tuple[tuple[int, int], ...]:
+    """Columns of each tensor that enters matrices of a layer, and the rows of those together."""
+    query, key, channels = widths
+    hidden = base.hidden_size
+    return (hidden, query + 2 * key), (query, hidden), (hidden, 2 * channels), (channels, hidden)
 
 
 def refit_cost(base: ModelSize, pruned: ModelSize, *, tokens: int) -> Cost:

@@ -28,6 +28,8 @@ class Hardware:
     """Memory of one, in GiB."""
     tflops: float
     """Peak of one in dense bf16 arithmetic, in 10^12 operations per second, as its maker states it."""
+    fp32_tflops: float | None = None
+    """Peak of one in fp32 without tensor cores, in 10^12 operations per second; None: `tflops`, as on CPUs."""
     utilization: float = 0.4
     """Share of the peak that training reaches, in (0, 1]. 0.4 is usual for sharded training."""
     disk_gb_per_second: float = 1.0
@@ -42,6 +44,8 @@ class Hardware:
         for name in ("count", "memory_gib", "tflops", "disk_gb_per_second", "network_mb_per_second"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; a number above 0 is needed.")
+        if self.fp32_tflops is not None and not 0 < self.fp32_tflops < math.inf:
+            raise InvalidRequestError(f"fp32_tflops is {self.fp32_tflops}; a number above 0 is needed.")
         if self.gpus_per_node is not None and not 0 < self.gpus_per_node <= self.count:
             raise InvalidRequestError(f"gpus_per_node is {self.gpus_per_node}; 1 to count ({self.count}) is needed.")
         if not 0 < self.utilization <= 1:
@@ -54,9 +58,10 @@ class Hardware:
         """GPUs that one process can spread a model over."""
         return self.gpus_per_node or self.count
 
-    def seconds(self, *, flops: float = 0.0, disk_bytes: float = 0.0, gpus: int = 1) -> float:
-        """Return max(operations / (GPUs * peak * utilization), bytes / disk speed)."""
-        arithmetic = flops / (gpus * self.tflops * 1e12 * self.utilization)
+    def seconds(self, *, flops: float = 0.0, fp32_flops: float = 0.0, disk_bytes: float = 0.0, gpus: int = 1) -> float:
+        """Return max(operations / (GPUs * peak * utilization), bytes / disk speed); each type has a peak of its own."""
+        at_full_speed = flops / self.tflops + fp32_flops / (self.fp32_tflops or self.tflops)
+        arithmetic = at_full_speed / (gpus * 1e12 * self.utilization)
         return max(arithmetic, disk_bytes / (self.disk_gb_per_second * 1e9))
 
     def transfer_seconds(self, nbytes: float) -> float:
@@ -79,7 +84,9 @@ class Cost:
     memory_bytes: int = 0
     """Peak of what it computes with: of one GPU, or of main memory without one. Libraries are not counted."""
     flops: float = 0.0
-    """Floating-point operations."""
+    """Floating-point operations, in bf16 where the machine has it."""
+    fp32_flops: float = 0.0
+    """Those that are in fp32 on every machine."""
     disk_bytes: int = 0
     """What it reads and writes while it computes."""
     waited_bytes: int = 0
@@ -91,6 +98,8 @@ class Cost:
 
     def seconds(self, hardware: Hardware) -> float:
         """Return the time on a machine."""
-        working = hardware.seconds(flops=self.flops, disk_bytes=self.disk_bytes, gpus=self.gpus)
+        working = hardware.seconds(
+            flops=self.flops, fp32_flops=self.fp32_flops, disk_bytes=self.disk_bytes, gpus=self.gpus
+        )
         waiting = hardware.seconds(disk_bytes=self.waited_bytes)
         return working + waiting + hardware.transfer_seconds(self.network_bytes)

@@ -13,15 +13,14 @@ counted there is not said.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from loram_hub.architecture import Architecture, layer_tensor
+from loram_hub.architecture import Architecture
 from loram_hub.errors import InvalidRequestError, PlanMismatchError
-from loram_hub.masks import Pattern, row_bytes
-from loram_hub.plan import PAPER_REDUCTION_OF_NF4, parameter_counts
+from loram_hub.masks import Pattern, mask_bytes, projection_shapes
+from loram_hub.plan import PAPER_REDUCTION_OF_NF4, Plan, parameter_counts
 
 _BF16 = 2
 
@@ -70,20 +69,22 @@ class SparseCounts:
         return {**asdict(self), "mask_bits": self.mask_bits}
 
 
-def planned_sparse_counts(architecture: Architecture, pattern: Pattern, sparsity: float | None = None) -> SparseCounts:
+def planned_sparse_counts(
+    architecture: Architecture, pattern: Pattern, sparsity: float | None = None, *, by_row: bool = False
+) -> SparseCounts:
     """Count what a sparsity or an n:m pattern would leave of a model, from its config alone.
-
-    That is what SparseGPT and magnitude pruning leave. Wanda rounds the share in every row, so it keeps a few more.
 
     Args:
         architecture: the base model's.
         pattern: `n:m`, or unstructured.
         sparsity: share of each projection's weights to remove, in (0, 1), for an unstructured pattern; n:m says it
             itself.
+        by_row: whether the share is rounded in every row, as Wanda does, and not in every matrix, as SparseGPT and
+            magnitude pruning do.
 
     Raises:
-        InvalidRequestError: the sparsity is missing, out of range or given beside n:m, or the groups of n:m do not
-            divide the inputs of a projection.
+        InvalidRequestError: the sparsity is missing, out of range or given beside n:m, removes all weights of a
+            projection or none, or the groups of n:m do not divide the inputs of one.
     """
     if (sparsity is None) == pattern.is_unstructured:
         raise InvalidRequestError(
@@ -92,13 +93,43 @@ def planned_sparse_counts(architecture: Architecture, pattern: Pattern, sparsity
         )
     if sparsity is not None and not 0 < sparsity < 1:  # also refuses NaN
         raise InvalidRequestError(f"sparsity is {sparsity}; it is the share removed and must lie in (0, 1): 0.55, say.")
-    for weight in architecture.projections:
-        columns = architecture.shape(weight, architecture.whole_layer)[1]
-        pattern.check_columns(columns, name=layer_tensor(0, weight.name))
-    # The decimal fraction that was written: 0.29 of 100 are 29, though the float is a little less.
-    share = Fraction(*pattern.group) if sparsity is None else 1 - Fraction(str(sparsity))
-    kept = sum(math.ceil(share * rows * columns) for rows, columns in _matrices(architecture))
-    return sparse_counts(architecture, pattern, kept_weights=kept)
+    kept_weights = 0
+    for name, (rows, columns) in _matrices(architecture).items():
+        pattern.check_columns(columns, name=name)
+        kept = kept_of((rows, columns), pattern, sparsity, by_row=by_row)
+        if not 0 < kept < rows * columns:
+            raise InvalidRequestError(
+                f"sparsity {sparsity} keeps {kept:,} of the {rows * columns:,} weights of {name}. Choose one that "
+                "removes some, and leaves some."
+            )
+        kept_weights += kept
+    return sparse_counts(architecture, pattern, kept_weights=kept_weights)
+
+
+def kept_of(shape: tuple[int, int], pattern: Pattern, sparsity: float | None, *, by_row: bool = False) -> int:
+    """Return how many weights of a matrix are kept.
+
+    Args:
+        shape: (out_features, in_features).
+        pattern: `n:m`, which divides the columns, or unstructured.
+        sparsity: share to remove; only of an unstructured pattern.
+        by_row: see `planned_sparse_counts`.
+    """
+    rows, columns = shape
+    if sparsity is None:
+        kept, of = pattern.group
+        return rows * columns // of * kept
+    if by_row:
+        return rows * (columns - removed_of(columns, sparsity))
+    return rows * columns - removed_of(rows * columns, sparsity)
+
+
+def removed_of(weights: int, sparsity: float) -> int:
+    """Return how many of a number of weights go: the largest whole number not above their share.
+
+    The share counts as the decimal fraction that it is written as: 0.29 of 100 are 29, though the float is below that.
+    """
+    return math.floor(weights * Fraction(str(sparsity)))
 
 
 def sparse_counts(architecture: Architecture, pattern: Pattern, *, kept_weights: int) -> SparseCounts:
@@ -113,11 +144,12 @@ def sparse_counts(architecture: Architecture, pattern: Pattern, *, kept_weights:
         PlanMismatchError: there are not as many weights.
     """
     whole = parameter_counts(architecture, [architecture.whole_layer] * architecture.num_hidden_layers)
-    prunable = _weights(architecture)
+    shapes = _matrices(architecture).values()
+    prunable = sum(map(math.prod, shapes))
     if not 0 < kept_weights <= prunable:
         raise PlanMismatchError(f"{kept_weights:,} kept weights are claimed; the projections have {prunable:,} in all.")
     pruned = whole.original_parameters - prunable + kept_weights
-    masks = sum(rows * row_bytes(columns, pattern) for rows, columns in _matrices(architecture))
+    masks = sum(mask_bytes(rows, columns, pattern) for rows, columns in shapes)
     rest = _BF16 * (whole.original_parameters - prunable)
     return SparseCounts(
         pattern=str(pattern),
@@ -142,16 +174,9 @@ def mask_memory(architecture: Architecture) -> int:
     Args:
         architecture: the base model's.
     """
-    return sum(rows * -(-columns // 8) for rows, columns in _matrices(architecture))
+    return sum(mask_bytes(rows, columns) for rows, columns in _matrices(architecture).values())
 
 
-def _matrices(architecture: Architecture) -> Iterator[tuple[int, int]]:
-    """Shape of every projection of every layer."""
-    for weight in architecture.projections:
-        rows, columns = architecture.shape(weight, architecture.whole_layer)
-        for _ in range(architecture.num_hidden_layers):
-            yield rows, columns
-
-
-def _weights(architecture: Architecture) -> int:
-    return sum(math.prod(shape) for shape in _matrices(architecture))
+def _matrices(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """Shape of every projection of every layer, none smaller than the base's."""
+    return projection_shapes(Plan(architecture, {}))

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from loram_hub.architecture import Architecture, LayerSizes, Weight
 from loram_hub.estimation.layers import COMPUTED
 from loram_hub.estimation.settings import Optimizer, TrainingShape
+from loram_hub.masks import mask_bytes
 from loram_hub.plan import NF4_BLOCK, NF4_NESTED_BLOCK
 
 _FP32 = 4
@@ -90,7 +91,7 @@ def _weights(architecture: Architecture, layers: Sequence[LayerSizes]) -> tuple[
 
 def _mask_bytes(architecture: Architecture, layers: Sequence[LayerSizes], targets: frozenset[str]) -> int:
     shapes = [architecture.shape(weight, architecture.whole_layer) for weight in _targeted(architecture, targets)]
-    return len(layers) * sum(_block(rows * -(-columns // 8)) for rows, columns in shapes)
+    return len(layers) * sum(_block(mask_bytes(rows, columns)) for rows, columns in shapes)
 
 
 def _targeted(architecture: Architecture, targets: frozenset[str]) -> list[Weight]:

@@ -23,7 +23,6 @@ from loram_hub.evaluation.encoding import EncodedExample, encode_examples
 from loram_hub.evaluation.losses import held_out_loss
 from loram_hub.files import read_json
 from loram_hub.hub import ADAPTER_FILES, resolve
-from loram_hub.manifest import Sparsification
 from loram_hub.release import Release
 from loram_hub.texts import Specification, dataset_id, read_examples
 
@@ -208,14 +207,9 @@ def _was_masked(adapter: Path, model: nn.Module) -> bool:
 def _removed_weights(model: nn.Module) -> int:
     """Weights that are zero in a sparse release; 0 of any other model."""
     release = getattr(model, "loram", None)
-    pruning = release.manifest.pruning if isinstance(release, Release) else None
-    if not isinstance(release, Release) or not isinstance(pruning, Sparsification):
+    if not isinstance(release, Release) or not release.is_sparse:
         return 0
-    architecture = release.architecture
-    whole = architecture.num_hidden_layers * sum(
-        math.prod(architecture.shape(weight, architecture.whole_layer)) for weight in architecture.projections
-    )
-    return whole - pruning.kept_weights
+    return release.manifest.base.parameters - release.manifest.parameters
 
 
 def _rows(

@@ -31,7 +31,7 @@ from loram_hub.finetuning.checkpoints import SEAL_FILE, checkpoint_folder, seal_
 from loram_hub.finetuning.origins import adapter_in, pin_release_, release_of, was_masked, write_origin
 from loram_hub.finetuning.resuming import check_arguments, check_start, delete_old, has_damaged_best
 from loram_hub.hub import METADATA_FILES, resolve
-from loram_hub.masked_lora import is_masked
+from loram_hub.masked_lora import is_masked, refuse_sharded
 from loram_hub.recovery import recover
 from loram_hub.release import Release, open_metadata
 
@@ -90,9 +90,11 @@ class RecoverCallback(TrainerCallback):
             InvalidRequestError: no release is known, or there is no adapter.
             UnsupportedAdapterError: the adapter has no full-size equivalent.
             PlanMismatchError: it does not fit the release.
+            IncompatibleError: its update is masked, and FSDP has shared it out.
             AccessError: the Hub refused or could not be reached.
         """
         model = kwargs["model"]
+        refuse_sharded(model)
         self._release = self._open_release(model)
         pin_release_(model, self._release)
         if not _is_sharded(model):
@@ -225,7 +227,9 @@ class SealCallback(TrainerCallback):
                 masked and is not, or the other way round.
             VerificationError: the checkpoint that was resumed from is torn.
             PlanMismatchError: it is of another release.
+            IncompatibleError: the model is masked, and FSDP has shared it out.
         """
+        refuse_sharded(kwargs["model"])
         check_arguments(args)
         if state.global_step and not self._saw_init:
             raise InvalidRequestError(

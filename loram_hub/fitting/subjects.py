@@ -13,12 +13,12 @@ from loram_hub.checkpoint import CONFIG
 from loram_hub.errors import CheckpointError, InvalidRequestError, PlanMismatchError, VerificationError
 from loram_hub.files import read_json
 from loram_hub.hub import METADATA_FILES, Source, look_up, remote_headers, resolve
+from loram_hub.masks import projection_shapes
 from loram_hub.plan import PruningSettings, planned_sizes
 from loram_hub.release import NF4_PARTS, Release, is_release, open_metadata, open_release
 from loram_hub.release.contents import is_large, is_weights
 from loram_hub.release.nf4 import check_parts
 from loram_hub.release.opening import weights_of
-from loram_hub.release.weights import projection_shapes
 from loram_hub.tensors import TensorInfo
 
 _STATE = NF4_PARTS[-1]

@@ -13,8 +13,9 @@ model. Stock trainers, DistributedDataParallel, checkpointing and autocast need 
 parameters is not supported.
 """
 
+from loram_hub.adapter.live import is_masked as is_masked
 from loram_hub.masked_lora.layers import MaskedLayer as MaskedLayer
-from loram_hub.masked_lora.masking import is_masked as is_masked
 from loram_hub.masked_lora.masking import mask_lora_ as mask_lora_
+from loram_hub.masked_lora.masking import refuse_sharded as refuse_sharded
 
-__all__ = ["MaskedLayer", "is_masked", "mask_lora_"]
+__all__ = ["MaskedLayer", "is_masked", "mask_lora_", "refuse_sharded"]

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from loram_hub.errors import UnsupportedAdapterError
+from loram_hub.adapter.live import MaskedModule
+from loram_hub.errors import IncompatibleError, UnsupportedAdapterError
 from loram_hub.masked_lora.product import KeptWeights, MaskedUpdate, masked_product
 
 if TYPE_CHECKING:
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
         """What PEFT's LoRA layers are, in the order of their bases."""
 else:
     _LoraModule = nn.Module  # with any other first base, Python would not let a layer become one of the subclass
+
+SHARDED = (
+    "The LoRA of this model is masked and its parameters are shared out among processes (FSDP, tensor parallelism), "
+    "which masked updates do not support. Train with DistributedDataParallel, or leave the masks away."
+)
 
 
 class MaskedVariant(LoraVariant):
@@ -71,7 +78,7 @@ def _masked(module: LoraLayer) -> MaskedLayer:
     return module
 
 
-class MaskedLayer(_LoraModule):
+class MaskedLayer(_LoraModule, MaskedModule):
     """What masked layers share, whatever holds their base weight."""
 
     kept_weights: KeptWeights
@@ -102,6 +109,9 @@ class MaskedLayer(_LoraModule):
             adapter: its name.
             x: (..., in_features), in the type that is computed in.
             with_weight: whether to add the base layer's product, without its bias.
+
+        Raises:
+            IncompatibleError: FSDP or tensor parallelism has shared out the factors.
         """
         update = MaskedUpdate(
             kept=self.kept_weights,
@@ -109,8 +119,10 @@ class MaskedLayer(_LoraModule):
             inputs=self._draw_inputs(adapter, x.device),
             weight=self.base_weight if with_weight else None,
         )
-        lora_A, lora_B = cast("nn.Linear", self.lora_A[adapter]), cast("nn.Linear", self.lora_B[adapter])
-        return masked_product(x, lora_A.weight, lora_B.weight, update)
+        lora_A, lora_B = (cast("nn.Linear", factors[adapter]).weight for factors in (self.lora_A, self.lora_B))
+        if isinstance(lora_A, DTensor) or isinstance(lora_B, DTensor):
+            raise IncompatibleError(SHARDED)
+        return masked_product(x, lora_A, lora_B, update)
 
     def _draw_inputs(self, adapter: str, device: torch.device) -> torch.Tensor | None:
         """Draw the input features that dropout leaves in an update."""
@@ -168,6 +180,19 @@ class MaskedLinear(MaskedLayer, Linear):
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
         return x.dtype if x.dtype == base.weight.dtype else None
+
+
+def put_mask_(layer: LoraLayer, kept: KeptWeights) -> None:
+    """Mask one of PEFT's LoRA layers, with all adapters it has.
+
+    Args:
+        layer: of a kind that `masked_class_of` knows; changed in place.
+        kept: the mask of its base weight.
+    """
+    layer.__class__ = masked_class_of(type(layer))  # type: ignore[assignment]  # of the same kind
+    assert isinstance(layer, MaskedLayer)
+    layer.kept_weights = kept
+    layer.lora_variant.update({adapter: MaskedVariant() for adapter in layer.lora_A})
 
 
 @cache

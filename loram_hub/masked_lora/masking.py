@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, cast
 
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from torch.distributed.tensor import DTensor
 
+from loram_hub.adapter.live import is_masked
 from loram_hub.errors import IncompatibleError, InvalidRequestError, PlanMismatchError, UnsupportedAdapterError
-from loram_hub.masked_lora.layers import MaskedLayer, MaskedVariant, masked_class_of
+from loram_hub.masked_lora.layers import SHARDED, MaskedLayer, masked_class_of, put_mask_
 from loram_hub.masked_lora.product import KeptWeights
 from loram_hub.release import Release
 
@@ -28,7 +30,7 @@ def mask_lora_(model: PeftModel, release: Release | None = None) -> None:
     Call it when the adapter is on the model and before training: after `get_peft_model`, or on `trainer.model` after
     `SFTTrainer(..., peft_config=...)`. Called again, it masks layers that a further adapter has brought. What PEFT
     saves stays plain LoRA, and `recover` writes the same factors: on the original model the adapter acts unmasked.
-    LoRA on what no mask is for, the lm_head, stays as it is.
+    LoRA on what no mask is for, the lm_head, stays as it is. Where an error is raised, so does the whole model.
 
     Args:
         model: with LoRA on an opened sparse release, in 16 or 32 bits or NF4; changed in place.
@@ -39,6 +41,7 @@ def mask_lora_(model: PeftModel, release: Release | None = None) -> None:
         UnsupportedAdapterError: an adapter is no plain LoRA.
         IncompatibleError: a layer cannot be masked, or has an adapter merged into it.
         PlanMismatchError: model and release differ in shape.
+        VerificationError: the masks were altered or torn.
 
     Example:
         >>> from loram_hub import AutoLoramModel, mask_lora_  # doctest: +SKIP
@@ -47,18 +50,28 @@ def mask_lora_(model: PeftModel, release: Release | None = None) -> None:
     """
     masks = _masks_for(model, release)
     layers = _maskable_layers(model, masks)
+    kept = {name: _kept_weights(masks, name, layer) for name, layer in layers.items()}  # all, before one is put on
     for name, layer in layers.items():
-        kept, device = masks.read(f"{name}.weight"), cast("torch.Tensor", layer.get_base_layer().weight).device
-        layer.__class__ = masked_class_of(type(layer))  # type: ignore[assignment]  # of the same kind
-        assert isinstance(layer, MaskedLayer)
-        layer.kept_weights = KeptWeights(kept, device=device)
-        layer.lora_variant.update({adapter: MaskedVariant() for adapter in layer.lora_A})
+        put_mask_(layer, kept[name])
     logger.info("Masked the LoRA of %d layers", len(layers))
 
 
-def is_masked(model: nn.Module | None) -> bool:
-    """Whether a model, perhaps wrapped by a trainer, has masked LoRA layers."""
-    return model is not None and any(isinstance(module, MaskedLayer) for module in model.modules())
+def refuse_sharded(model: nn.Module | None) -> None:
+    """Refuse a masked model of which the processes have only shares, as FSDP makes them.
+
+    Args:
+        model: as it is trained, masked or not; None for none.
+
+    Raises:
+        IncompatibleError: it is masked and shared out.
+    """
+    if model is not None and is_masked(model) and any(isinstance(each, DTensor) for each in model.parameters()):
+        raise IncompatibleError(SHARDED)
+
+
+def _kept_weights(masks: MaskFile, name: str, layer: LoraLayer) -> KeptWeights:
+    weight = cast("torch.Tensor", layer.get_base_layer().weight)
+    return KeptWeights(masks.read(f"{name}.weight"), device=weight.device)
 
 
 def _masks_for(model: PeftModel, release: Release | None) -> MaskFile:

@@ -14,3 +14,5 @@ from loram_hub.masks.mask_files import MaskWriter as MaskWriter
 from loram_hub.masks.patterns import UNSTRUCTURED as UNSTRUCTURED
 from loram_hub.masks.patterns import Pattern as Pattern
 from loram_hub.masks.patterns import parse_pattern as parse_pattern
+from loram_hub.masks.places import mask_bytes as mask_bytes
+from loram_hub.masks.places import projection_shapes as projection_shapes

@@ -7,7 +7,6 @@ remote        what the Hub holds of a release that was pushed
 stages        what each stage reads, makes and depends on
 workspace     the folder: outputs, and records of what they were made of
 assessment    which stages hold, which are to do, and why
-costs         what the prune stage of a sparse release needs
 preview       estimates of disk, memory, time and cost
 checks        what can fail late, checked early
 launching     a step in several processes

@@ -19,17 +19,17 @@ from loram_hub.estimation import (
     align_cost,
     evaluate_cost,
     model_size,
-    planned_sparse_counts,
     prune_cost,
     quantize_cost,
     refit_cost,
+    sparsify_cost,
     teach_cost,
     transfer_cost,
 )
-from loram_hub.pipeline.costs import sparsify_cost
 from loram_hub.pipeline.recipe import Recipe
 from loram_hub.plan import Plan, PruningSettings, planned_sizes, pruned_layers
 from loram_hub.pruning import CALIBRATION_SAMPLES, CALIBRATION_TOKENS
+from loram_hub.sparsification import asked_counts
 from loram_hub.texts import dataset_id
 
 DOWNLOAD = "download"
@@ -157,9 +157,8 @@ def stage_costs(recipe: Recipe, architecture: Architecture) -> dict[str, Cost]:
 
 
 def sparse_counts_of(recipe: Recipe, architecture: Architecture) -> SparseCounts:
-    """Count what is left of the base where single weights are removed."""
-    settings = recipe.prune.sparsity_settings
-    return planned_sparse_counts(architecture, settings.mask_pattern, settings.sparsity)
+    """Count what is left of the base where single weights are removed, as the method rounds their number."""
+    return asked_counts(architecture, recipe.prune.sparsity_settings)
 
 
 def _pruned_size(recipe: Recipe, architecture: Architecture) -> ModelSize:
@@ -171,7 +170,9 @@ def _pruned_size(recipe: Recipe, architecture: Architecture) -> ModelSize:
 
 def _prune_cost(recipe: Recipe, architecture: Architecture, base: ModelSize, pruned: ModelSize) -> Cost:
     if recipe.prune.is_sparse:
-        return sparsify_cost(base, sparse_counts_of(recipe, architecture), recipe.prune.sparsity_settings)
+        settings = recipe.prune.sparsity_settings
+        counts = sparse_counts_of(recipe, architecture)
+        return sparsify_cost(base, counts, method=settings.method, tokens=settings.samples * settings.tokens)
     method = recipe.prune.scores.partition(":")[0]
     return prune_cost(base, pruned, method=method, tokens=CALIBRATION_SAMPLES * CALIBRATION_TOKENS)
 

@@ -8,6 +8,7 @@ and `nf4` the tensors, `zeros` the weights that masks remove; `opening`, `verifi
 `comparison` looks at the base.
 """
 
+from loram_hub.masks import projection_shapes as projection_shapes
 from loram_hub.release.comparison import check_base_config as check_base_config
 from loram_hub.release.comparison import compare_weights as compare_weights
 from loram_hub.release.comparison import refuse_incomparable as refuse_incomparable
@@ -27,7 +28,7 @@ from loram_hub.release.opening import is_release as is_release
 from loram_hub.release.opening import open_metadata as open_metadata
 from loram_hub.release.opening import open_release as open_release
 from loram_hub.release.verification import verify as verify
-from loram_hub.release.weights import projection_shapes as projection_shapes
 from loram_hub.release.writing import seal_release as seal_release
 from loram_hub.release.writing import write_release as write_release
 from loram_hub.release.zeros import NF4_ZERO as NF4_ZERO
+from loram_hub.release.zeros import is_nonzero as is_nonzero

@@ -12,13 +12,13 @@ from pathlib import Path
 from loram_hub.checkpoint import CONFIG, INDEX_FILE
 from loram_hub.errors import InvalidRequestError, PlanMismatchError
 from loram_hub.manifest import MANIFEST, Pruning, Sparsification
+from loram_hub.masks import projection_shapes
 from loram_hub.plan import PruningSettings, parameter_counts, planned_sizes
 from loram_hub.release.configuration import check_companion
 from loram_hub.release.contents import check_hashes, check_present, check_sizes, is_large
 from loram_hub.release.mask_index import MASK_INDEX
 from loram_hub.release.nf4 import check_values
 from loram_hub.release.opening import Release, open_metadata, refuse_adapter, weights_of
-from loram_hub.release.weights import projection_shapes
 from loram_hub.release.zeros import check_sparse_claims, check_zeros, zeros_digest
 from loram_hub.tensors import sha256_of_finite
 

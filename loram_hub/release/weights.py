@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from loram_hub.architecture import LAYER_PREFIX
 from loram_hub.checkpoint import INDEX_FILE, SINGLE_FILE, index_tensors
 from loram_hub.errors import CheckpointError, PlanMismatchError, VerificationError
 from loram_hub.files import read_json
 from loram_hub.manifest import Manifest
+from loram_hub.masks import projection_shapes
 from loram_hub.plan import Plan
 from loram_hub.release.contents import is_weights
 from loram_hub.release.nf4 import NF4_PARTS, check_parts, check_states
@@ -60,16 +60,6 @@ def check_weights(folder: Path, plan: Plan, manifest: Manifest) -> dict[str, Ten
     if foreign:
         raise PlanMismatchError(f"{folder} has a tensor {foreign[0]!r:.200}, which the plan knows nothing of.")
     return found
-
-
-def projection_shapes(plan: Plan) -> dict[str, tuple[int, int]]:
-    """Name and planned shape of every projection of the layers: what NF4 packs, what masks remove weights from."""
-    names = {weight.name for weight in plan.architecture.projections}
-    return {
-        name: (shape[0], shape[1])
-        for name, shape in plan.tensor_shapes().items()
-        if name.startswith(LAYER_PREFIX) and name.split(".", 3)[-1] in names
-    }
 
 
 def _check_weight_files(folder: Path, found: Mapping[str, TensorInfo], manifest: Manifest) -> None:

@@ -12,12 +12,11 @@ from loram_hub.checkpoint import CONFIG
 from loram_hub.errors import CheckpointError, PlanMismatchError
 from loram_hub.files import atomic_folder, dump_json, resource_errors
 from loram_hub.manifest import MANIFEST, Manifest, Sparsification, file_entries, tool_versions
-from loram_hub.masks import WEIGHT_MASKS
+from loram_hub.masks import WEIGHT_MASKS, projection_shapes
 from loram_hub.plan import Plan
 from loram_hub.release.configuration import mark_format, mend_companions
 from loram_hub.release.mask_index import MASK_INDEX, write_mask_index
 from loram_hub.release.verification import check_described
-from loram_hub.release.weights import projection_shapes
 from loram_hub.release.zeros import open_masks
 
 

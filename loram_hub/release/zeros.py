@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from loram_hub.checkpoint import CONFIG
 from loram_hub.errors import PlanMismatchError, VerificationError
 from loram_hub.manifest import MANIFEST, Manifest, Sparsification
-from loram_hub.masks import WEIGHT_MASKS, MaskFile, parse_pattern
+from loram_hub.masks import WEIGHT_MASKS, MaskFile, parse_pattern, projection_shapes
 from loram_hub.plan import Plan
-from loram_hub.release.weights import projection_shapes
 from loram_hub.tensors import TensorInfo, item_bytes, read_rows
 
 NF4_ZERO = 7
@@ -41,14 +42,16 @@ def open_masks(folder: Path, plan: Plan, pruning: Sparsification) -> MaskFile:
 
 
 def zeros_digest(manifest: Manifest) -> str:
-    """Name what `check_zeros` checks, by the hashes of all bytes that it reads.
+    """Name what `check_zeros` checks, by the hashes of all bytes that it depends on.
 
-    Where those hashes were checked, an earlier check of the same content need not be repeated.
+    Those are weights and masks, which it reads, and the config, which says what shapes they have. Where the hashes were
+    checked, an earlier check of the same content need not be repeated.
     """
     pruning = manifest.pruning
     assert isinstance(pruning, Sparsification)
-    hashes = {name: entry.sha256 for name, entry in manifest.files.items() if name.endswith(".safetensors")}
-    text = f"zeros 1;{pruning.pattern};{pruning.kept_weights};{sorted(hashes.items())}"
+    needed = {CONFIG, *(name for name in manifest.files if name.endswith(".safetensors"))}
+    hashes = {name: entry.sha256 for name, entry in manifest.files.items() if name in needed}
+    text = f"zeros 2;{pruning.pattern};{pruning.kept_weights};{sorted(hashes.items())}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -101,19 +104,30 @@ def nonzero_rows(info: TensorInfo, first: int, last: int, columns: int) -> npt.N
     Returns:
         bool (last - first, columns).
     """
+    if info.dtype != "U8":
+        return is_nonzero(read_rows(info, first, last).view(f"u{item_bytes(info.dtype)}"))
+    start, stop = first * columns, last * columns
+    nonzero = is_nonzero(read_rows(info, start // 2, -(-stop // 2)))  # a row may begin in the middle of a byte
+    return nonzero[start % 2 :][: stop - start].reshape(-1, columns)
+
+
+def is_nonzero(stored: npt.NDArray[np.unsignedinteger[Any]]) -> npt.NDArray[np.bool_]:
+    """Return where stored weights are not zero.
+
+    Args:
+        stored: floating-point numbers as bits, of 2, 4 or 8 bytes; or bytes of two NF4 codes each, the first in the
+            high half.
+
+    Returns:
+        bool, of the same shape; of NF4 codes flat, two for each byte.
+    """
     nonzero: npt.NDArray[np.bool_]
-    if info.dtype == "U8":
-        nonzero = _codes(info, first * columns, last * columns).reshape(-1, columns) != NF4_ZERO
+    if stored.dtype == np.uint8:
+        packed = stored.reshape(-1)
+        nonzero = np.stack([packed >> 4, packed & 0x0F], axis=1).reshape(-1) != NF4_ZERO
     else:
-        nonzero = read_rows(info, first, last).view(f"u{item_bytes(info.dtype)}") << 1 != 0  # without the sign
+        nonzero = stored << 1 != 0  # without the sign
     return nonzero
-
-
-def _codes(info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.uint8]:
-    """Read NF4 codes of some elements in a row: two a byte, the first in the high half."""
-    packed = read_rows(info, start // 2, -(-stop // 2)).reshape(-1)
-    codes = np.stack([packed >> 4, packed & 0x0F], axis=1).reshape(-1)
-    return codes[start % 2 :][: stop - start]
 
 
 def check_sparse_claims(folder: Path, plan: Plan, manifest: Manifest, pruning: Sparsification) -> None:

@@ -2,10 +2,13 @@
 
     run.json               what the run is: base, settings, calibration, versions; sealed
     layer-00007.safetensors   the pruned matrices of a layer, and for each its mask
-    layer-00007.json          the hash of that file, and of run.json; sealed
+    layer-00007.json          the hash of that file, and of run.json, and how many threads computed it; sealed
 
 A layer counts once its second file is there and the first is what that says. Layers are finished in order, since each
 is fed by those before it. The folder is removed when the release is there.
+
+Sums in fp32 differ in their last bits with the number of threads, and so may the bytes of a release. It is as good: the
+layers of a run with another number are taken up, with a warning.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from loram_hub.errors import CheckpointError, ResourceError, VerificationError
@@ -44,22 +47,24 @@ def work_folder(out: Path) -> Path:
 
 @contextmanager
 def only_process(out: Path) -> Iterator[None]:
-    """Keep other processes from making the same release.
+    """Keep other processes from making the same release; what the block raises stays as it is.
 
     Raises:
         ResourceError: another process is at it, or the folder cannot be written to.
     """
-    lock = out.with_name(f".{out.name}.sparsifying.lock")
+    path = out.with_name(f".{out.name}.sparsifying.lock")
+    lock = FileLock(path, timeout=0)
     with resource_errors(f"Writing {out}"):
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(lock, timeout=0):
-                try:
-                    yield
-                finally:
-                    lock.unlink(missing_ok=True)
+            lock.acquire()
         except Timeout as err:
-            raise ResourceError(f"Another process is making {out} (lock {lock.name}).") from err
+            raise ResourceError(f"Another process is making {out} (lock {path.name}).") from err
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before it is released: after that it may be another's
+        lock.release()
 
 
 class FinishedLayers:
@@ -86,10 +91,19 @@ class FinishedLayers:
                 folder.mkdir(parents=True)
                 self._write_text(RUN, seal(run))
         self.count = 0
-        while self._is_finished(self.count):
+        threads: set[int] = set()
+        while (found := self._finished(self.count)) is not None:
+            threads.add(found["threads"])
             self.count += 1
         if self.count:
             logger.info("going on after %d layers that were finished before", self.count)
+        if threads - {torch.get_num_threads()}:
+            logger.warning(
+                "layers were finished with %s threads, and the others will be with %d: the release will be as good, "
+                "but its bytes may differ from those of a run with one number of threads (see OMP_NUM_THREADS)",
+                " and ".join(map(str, sorted(threads))),
+                torch.get_num_threads(),
+            )
 
     def add(self, layer: int, matrices: Mapping[str, SparseMatrix]) -> None:
         """Write the next layer; it counts whole or not at all.
@@ -112,19 +126,18 @@ class FinishedLayers:
             save_file(tensors, part)
             fsync_file(part)
             part.rename(path)
-            self._write_text(f"{path.stem}.json", seal({"run": self._run, "file": sha256_of(path)}))
+            found = {"run": self._run, "file": sha256_of(path), "threads": torch.get_num_threads()}
+            self._write_text(f"{path.stem}.json", seal(found))
         self.count += 1
 
     def weight(self, layer: int, name: str) -> torch.Tensor:
-        """Read a pruned matrix of a finished layer, by its full name."""
-        with safe_open(self.folder / _layer_file(layer), framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+        """Read a pruned matrix of a finished layer, by its full name; raises `CheckpointError`."""
+        tensor: torch.Tensor = self._read(layer, name, framework="pt")
         return tensor
 
     def mask(self, layer: int, name: str, columns: int) -> npt.NDArray[np.bool_]:
         """Read what is kept of a matrix of a finished layer, bool (out_features, in_features)."""
-        with safe_open(self.folder / _layer_file(layer), framework="np") as file:
-            rows = file.get_tensor(f"{name}.{_MASK}")
+        rows = self._read(layer, f"{name}.{_MASK}", framework="np")
         return decode_mask(rows, columns, self._pattern, source=f"The mask of {name!r} in {self.folder}")
 
     def remove(self) -> None:
@@ -135,15 +148,24 @@ class FinishedLayers:
         found = _read_sealed(self.folder / RUN)
         return found is not None and seal(found) == seal(run)
 
-    def _is_finished(self, layer: int) -> bool:
+    def _finished(self, layer: int) -> dict[str, Any] | None:
+        """Return what is noted of a layer, or None if it does not count."""
         path = self.folder / _layer_file(layer)
         found = _read_sealed(path.with_suffix(".json"))
-        if found is None or found.get("run") != self._run or not path.is_file():
-            return False
+        if found is None or found.get("run") != self._run or "threads" not in found or not path.is_file():
+            return None
         if found.get("file") != sha256_of(path):
             logger.warning("%s is damaged; that layer is pruned anew", path)
-            return False
-        return True
+            return None
+        return found
+
+    def _read(self, layer: int, name: str, *, framework: str) -> Any:  # noqa: ANN401 (a tensor of the framework)
+        path = self.folder / _layer_file(layer)
+        try:
+            with safe_open(path, framework=framework) as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as err:
+            raise CheckpointError(f"{name!r} cannot be read from the finished layer {path}: {err}") from err
 
     def _write_text(self, name: str, text: str) -> None:
         part = self.folder / f".{name}.part"

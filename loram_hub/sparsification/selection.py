@@ -1,7 +1,8 @@
 """Which weights of a matrix go: those with the lowest scores, exactly as many as asked.
 
-The published codes compare with a threshold (`<=`), which removes more where scores are equal. Here equal scores are
-settled by the index: the weight that comes first, row by row, is kept.
+The published codes compare with a threshold (`<=`), which removes more where scores are equal, and SparseGPT's one more
+even where they are not (see `sparsegpt`). Here equal scores are settled by the index: the weight that comes first, row
+by row, is kept.
 
 Shapes in this file: O out_features, I in_features.
 """

@@ -10,7 +10,9 @@ U of H^-1 = U^T U,
 
 Columns go in blocks: an update reaches the block at once, what lies behind it when the block is done. Without a pattern
 the weights of a block are chosen when it begins, over all its rows and columns, in the numbers that the whole matrix
-owes up to there; with n:m those of a group, when it begins.
+owes up to there; with n:m those of a group, when it begins. The published code sorts the scores of a block of n
+weights and removes those up to the one with the index int(n * sparsity), itself included: one weight more per block
+than asked. With as many asked here as that removes, masks and weights are the same.
 
 U comes from one Cholesky decomposition of H, its rows and columns in reverse: H = R R^T with R upper triangular, so
 U = R^-1. The published code decomposes H, inverts it and decomposes the inverse, which takes twice the operations.

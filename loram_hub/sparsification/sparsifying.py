@@ -57,7 +57,8 @@ def sparsify(
     """Remove single weights from all projections of a base model, optionally straight to NF4.
 
     The release keeps every shape and is as large as the base; training on it takes as much memory. A run that was
-    killed goes on after the last finished layer when it is called again with the same arguments.
+    killed goes on after the last finished layer when it is called again with the same arguments. Two runs give the same
+    bytes on the same machine with the same number of threads (`torch.get_num_threads`): sums in fp32 depend on it.
 
     Args:
         base: the base model: Hub id or folder with safetensors.
@@ -89,26 +90,23 @@ def sparsify(
         >>> settings = SparsitySettings(pattern="4:8")  # doctest: +SKIP
         >>> sparsify("org/model", "model-sparse", settings=settings, calibration="texts.jsonl")  # doctest: +SKIP
     """
-    with (
-        _checked(
-            base,
-            out_dir,
-            settings=settings,
-            calibration=calibration,
-            seed=seed,
-            device=device,
-            overwrite=overwrite,
-            revision=revision,
-            token=token,
-        ) as job,
-        only_process(job.out),
-    ):
+    request = _Request(
+        base=base,
+        out=Path(out_dir).expanduser(),
+        settings=settings,
+        calibration=calibration,
+        seed=seed,
+        device=device,
+        overwrite=overwrite,
+        revision=revision,
+        token=token,
+    )
+    with _checked(request) as job, only_process(request.out):
         _check_room(job, quantize=quantize)
-        finished = FinishedLayers(work_folder(job.out), _run_of(job), settings.mask_pattern)
-        prune_layers(job.checkpoint, job.architecture, job.calibration, settings, finished, device=device)
+        finished = FinishedLayers(work_folder(request.out), _run_of(job), settings.mask_pattern)
+        prune_layers(job.checkpoint, job.architecture, job.ids_NT, settings, finished, device=device)
         plan, kept = _write_masks(job, finished)
-        manifest = _manifest(job, plan, kept)
-        _write(job, finished, plan, manifest, quantize=quantize, overwrite=overwrite)
+        _write(job, finished, plan, _manifest(job, plan, kept), quantize=quantize)
         finished.remove()
     logger.info(
         "removed %s of %s weights of the projections by %s",
@@ -116,7 +114,7 @@ def sparsify(
         f"{job.counts.prunable_weights:,}",
         settings.method,
     )
-    return open_release(job.out)
+    return open_release(request.out)
 
 
 def check_sparsify(
@@ -138,9 +136,9 @@ def check_sparsify(
     Returns:
         What the release would hold.
     """
-    with _checked(
-        base,
-        out_dir,
+    request = _Request(
+        base=base,
+        out=Path(out_dir).expanduser(),
         settings=settings,
         calibration=calibration,
         seed=seed,
@@ -148,66 +146,72 @@ def check_sparsify(
         overwrite=overwrite,
         revision=revision,
         token=token,
-    ) as job:
+    )
+    with _checked(request) as job:
         return job.counts
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
-class _Job:
-    """A call whose arguments are sound."""
+class _Request:
+    """What was asked for: the arguments of both functions."""
 
+    base: str | os.PathLike[str]
+    out: Path
+    settings: SparsitySettings
+    calibration: Calibration
+    seed: int
+    device: str | None
+    overwrite: bool
+    revision: str | None
+    token: str | bool | None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class _Job:
+    """A request that is sound, and what was found to it."""
+
+    request: _Request
     source: Source
     checkpoint: Checkpoint
     architecture: Architecture
-    settings: SparsitySettings
     counts: SparseCounts
-    calibration: torch.Tensor | None
-    seed: int
-    device: str
-    out: Path
+    ids_NT: torch.Tensor | None
+    """The calibration's tokens, N samples of T; None where the method needs none."""
+
+    @property
+    def settings(self) -> SparsitySettings:
+        return self.request.settings
+
+    @property
+    def device(self) -> str:
+        return self.request.device or "cpu"
 
 
 @contextmanager
-def _checked(
-    base: str | os.PathLike[str],
-    out_dir: str | os.PathLike[str],
-    *,
-    settings: SparsitySettings,
-    calibration: Calibration,
-    seed: int,
-    device: str | None,
-    overwrite: bool,
-    revision: str | None,
-    token: str | bool | None,
-) -> Iterator[_Job]:
+def _checked(request: _Request) -> Iterator[_Job]:
     """Check everything that can fail before hours of pruning, and open the base."""
-    out = Path(out_dir).expanduser()
-    refuse_existing(out, overwrite=overwrite)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InvalidRequestError(f"seed is {seed!r}; a whole number from 0 is needed.")
-    check_device(device)
-    source = resolve(base, revision=revision, token=token)
-    refuse_overlap(out, source.folder)
-    refuse_overlap(work_folder(out), source.folder)
+    refuse_existing(request.out, overwrite=request.overwrite)
+    if isinstance(request.seed, bool) or not isinstance(request.seed, int) or request.seed < 0:
+        raise InvalidRequestError(f"seed is {request.seed!r}; a whole number from 0 is needed.")
+    check_device(request.device)
+    source = resolve(request.base, revision=request.revision, token=request.token)
+    refuse_overlap(request.out, source.folder)
+    refuse_overlap(work_folder(request.out), source.folder)
     with Checkpoint(source.folder) as checkpoint:
         architecture = check_base_checkpoint(checkpoint, source)
-        counts = asked_counts(architecture, settings)
+        counts = asked_counts(architecture, request.settings)
         yield _Job(
+            request=request,
             source=source,
             checkpoint=checkpoint,
             architecture=architecture,
-            settings=settings,
             counts=counts,
-            calibration=_calibration(calibration, checkpoint, architecture, settings, seed),
-            seed=seed,
-            device=device or "cpu",
-            out=out,
+            ids_NT=_calibration_ids(request, checkpoint, architecture),
         )
 
 
-def _calibration(
-    given: Calibration, checkpoint: Checkpoint, architecture: Architecture, settings: SparsitySettings, seed: int
-) -> torch.Tensor | None:
+def _calibration_ids(request: _Request, checkpoint: Checkpoint, architecture: Architecture) -> torch.Tensor | None:
+    given, settings = request.calibration, request.settings
     if not settings.needs_calibration:
         return None
     if given is None:
@@ -217,7 +221,7 @@ def _calibration(
         )
     context = checkpoint.config.get("max_position_embeddings")
     tokens = min(settings.tokens, context) if isinstance(context, int) else settings.tokens
-    ids = read_calibration(given, checkpoint.folder, samples=settings.samples, tokens=tokens, seed=seed)
+    ids = read_calibration(given, checkpoint.folder, samples=settings.samples, tokens=tokens, seed=request.seed)
     check_calibration(ids, vocab_size=architecture.vocab_size)
     if isinstance(context, int) and ids.shape[1] > context:
         raise InvalidRequestError(
@@ -238,8 +242,8 @@ def _run_of(job: _Job) -> dict[str, Any]:
     return {
         "base": base,
         "settings": settings,
-        "calibration": None if job.calibration is None else describe_calibration(job.calibration),
-        "seed": job.seed,
+        "calibration": None if job.ids_NT is None else describe_calibration(job.ids_NT),
+        "seed": job.request.seed,
         "device": job.device,
         "tools": tool_versions(),
     }
@@ -247,7 +251,7 @@ def _run_of(job: _Job) -> dict[str, Any]:
 
 def _check_room(job: _Job, *, quantize: bool) -> None:
     """Check that the disk has room for the pruned layers and the release; raises `ResourceError`."""
-    folder, masks = work_folder(job.out), job.counts.mask_bytes
+    folder, masks = work_folder(job.request.out), job.counts.mask_bytes
     there = sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
     layers = job.checkpoint.nbytes + 2 * masks  # with each layer's matrices, and all together in one file
     release = masks + (job.counts.nf4_bytes if quantize else job.checkpoint.nbytes)
@@ -281,8 +285,8 @@ def _manifest(job: _Job, plan: Plan, kept: int) -> Manifest:
         kept_weights=kept,
         dampening=settings.dampening if is_sparsegpt else None,
         block_size=settings.block_columns if is_sparsegpt else None,
-        seed=job.seed,
-        calibration=None if job.calibration is None else describe_calibration(job.calibration),
+        seed=job.request.seed,
+        calibration=None if job.ids_NT is None else describe_calibration(job.ids_NT),
         plan_sha256=plan.digest,
     )
     base = BaseModel(
@@ -297,23 +301,37 @@ def _manifest(job: _Job, plan: Plan, kept: int) -> Manifest:
         "method": settings.method,
         "sparsity": settings.sparsity,
         "pattern": settings.pattern,
-        "seed": job.seed,
+        "seed": job.request.seed,
+        **_calibration_recipe(job),
         **({"dampening": settings.dampening, "block_size": settings.block_size} if is_sparsegpt else {}),
     }
     parameters = counts.original_parameters - counts.prunable_weights + kept
     return Manifest(base=base, pruning=pruning, parameters=parameters, recipe={"sparsify": recipe})
 
 
-def _write(
-    job: _Job, finished: FinishedLayers, plan: Plan, manifest: Manifest, *, quantize: bool, overwrite: bool
-) -> None:
+def _calibration_recipe(job: _Job) -> dict[str, Any]:
+    """Return what a recipe says of the calibration; of a path its last part, the rest is a matter of this machine."""
+    given, settings = job.request.calibration, job.settings
+    if job.ids_NT is None:
+        return {}
+    if not isinstance(given, str | os.PathLike | list):
+        return {"calibration": "token ids"}
+    sizes = {"samples": settings.samples, "tokens": settings.tokens}
+    if isinstance(given, list):
+        return {"calibration": f"{len(given)} texts", **sizes}
+    path = Path(given).expanduser()
+    return {"calibration": path.resolve().name if path.exists() else str(given), **sizes}
+
+
+def _write(job: _Job, finished: FinishedLayers, plan: Plan, manifest: Manifest, *, quantize: bool) -> None:
     checkpoint, architecture = job.checkpoint, job.architecture
+    out, overwrite = job.request.out, job.request.overwrite
     config = release_config(checkpoint.config)
     dtype = sixteen_bit(checkpoint, architecture)
     if quantize:
         manifest, config = as_nf4(manifest, checkpoint.config, dtype)
     shapes = projection_shapes(architecture)
-    with write_release(job.out, manifest=manifest, plan=plan, config=config, overwrite=overwrite) as folder:
+    with write_release(out, manifest=manifest, plan=plan, config=config, overwrite=overwrite) as folder:
         copy_companions(checkpoint.folder, folder)
         shutil.copyfile(finished.folder / WEIGHT_MASKS, folder / WEIGHT_MASKS)
         writer = ShardWriter(folder)

@@ -24,7 +24,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,9 +51,6 @@ from loram_hub.adapter import (
     write_adapter,
 )
 from loram_hub.errors import (
-    AccessError,
-    CheckpointError,
-    IncompatibleError,
     InvalidRequestError,
     LoramError,
     PlanMismatchError,
@@ -61,8 +58,9 @@ from loram_hub.errors import (
     VerificationError,
 )
 from loram_hub.files import atomic_folder, refuse_existing, resource_errors
-from loram_hub.hub import ADAPTER_FILES, METADATA_FILES, cached_commits, resolve, source_of
-from loram_hub.release import Release, open_metadata
+from loram_hub.hub import ADAPTER_FILES, resolve
+from loram_hub.recovery.origins import Origin, check_plan, find_origin, known_digest
+from loram_hub.release import Release
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -83,8 +81,8 @@ class RecoveredAdapter:
     release_commit: str | None
     """Commit of the release that was taken; None if that was a folder outside of the Hub cache."""
     assumed: bool
-    """Whether nothing said which revision was trained on, so that the latest was taken: if that is another one, the
-    adapter is worthless."""
+    """Whether nothing said which revision was trained on, so that one was taken. If channel groups were pruned and
+    another was trained on, the adapter is worthless; of sparse releases recovery is the same whichever it was."""
     rank: int
     """Rank of every module."""
     alpha: int
@@ -100,18 +98,6 @@ class RecoveredAdapter:
     def max_lora_rank(self) -> int:
         """The smallest --max-lora-rank with which vLLM serves it; the rank itself if vLLM takes none so large."""
         return max_lora_rank(self.rank)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Origin:
-    """The release an adapter was trained on."""
-
-    release: Release
-    id: str
-    """Hub id, or the folder's name."""
-    commit: str | None
-    assumed: bool = False
-    """See `RecoveredAdapter`."""
 
 
 def recover(
@@ -160,9 +146,9 @@ def recover(
         raise InvalidRequestError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed.")
     trained, trained_on = _open_adapter(adapter, token)
     _refuse_recovered(trained)
-    known = _known_digest(trained, trained_on)
-    origin = _find_origin(trained, trained_on, known, release, revision, token)
-    _check_plan(trained, known, origin, token)
+    known = known_digest(trained, trained_on)
+    origin = find_origin(trained, trained_on, known, release, revision, token)
+    check_plan(trained, known, origin, token)
     shapes = _full_shapes(trained, origin)
     trained.check_targets(linear_modules(origin.release.architecture))
     canonical, scales = _canonical(trained, origin.release, shapes, dtype)
@@ -219,160 +205,7 @@ def _refuse_recovered(adapter: Adapter) -> None:
         )
 
 
-def _find_origin(
-    adapter: Adapter,
-    trained_on: Release | None,
-    known: str | None,
-    release: str | os.PathLike[str] | None,
-    revision: str | None,
-    token: str | bool | None,
-) -> _Origin:
-    if release is None and trained_on is not None:
-        return _origin(trained_on)
-    config = adapter.config
-    name = config.base if release is None else os.fspath(release)
-    if name is None:
-        raise InvalidRequestError(
-            f"{adapter.source} does not say which release it was trained on. Give the release, as a folder or Hub id."
-        )
-    if name == config.base:
-        revision = revision or config.revision
-    try:
-        if revision or _is_folder(name):
-            return _open_origin(name, revision, token)
-        return _open_unpinned(adapter, name, known, token)
-    except CheckpointError as err:
-        if release is not None:
-            raise
-        raise CheckpointError(
-            f"{adapter.source} says that it was trained on {name}, which is no release here: {err} "
-            "Give the release, as a folder or Hub id."
-        ) from err
-
-
-def _open_unpinned(adapter: Adapter, name: str, known: str | None, token: str | bool | None) -> _Origin:
-    """Open a Hub id of which nobody said the revision: at the commit that was loaded here, for the name may have moved.
-
-    Raises:
-        InvalidRequestError: commits with different plans were loaded here.
-    """
-    here = [origin for origin in _origins_here(name, token) if known in (None, origin.release.plan.digest)]
-    if len({origin.release.plan.digest for origin in here}) > 1:
-        commits = ", ".join(f"{origin.commit} (plan {origin.release.plan.digest[:12]})" for origin in here)
-        raise InvalidRequestError(
-            f"{adapter.source} does not say which revision of {name} it was trained on, and the weights of several "
-            f"with different plans are on this machine: {commits}. Give the one it was trained on (--revision)."
-        )
-    if here:
-        logger.info("Nothing says which revision of %s; taken is %s, whose weights are here", name, here[0].commit)
-        return here[0]
-    latest = _open_origin(name, None, token)
-    if known is not None or latest.release.is_sparse:  # on a sparse release recovery is the same whatever was removed
-        return latest
-    logger.warning(
-        "Nothing says which revision of %s %s was trained on, and no weights of it are on this machine; the latest is "
-        "taken. If that keeps other channel groups, the recovered adapter is worthless",
-        name,
-        adapter.source,
-    )
-    return replace(latest, assumed=True)
-
-
-def _origins_here(name: str, token: str | bool | None) -> list[_Origin]:
-    """Open the commits of a Hub id whose weights are on this machine, those that arrived last first."""
-    found = []
-    for commit in cached_commits(name):
-        try:
-            found.append(_open_commit(name, commit, token))
-        except (AccessError, IncompatibleError, VerificationError) as err:
-            logger.warning("%s at %s opens as no release, and is passed over: %s", name, commit, err)
-    return found
-
-
-def _open_commit(name: str, commit: str, token: str | bool | None) -> _Origin:
-    """Open a commit from the cache alone; if it is damaged there, with the help of the Hub."""
-    try:
-        return _open_origin(name, commit, token, local_files_only=True)
-    except VerificationError:
-        return _open_origin(name, commit, token)
-
-
-def _open_origin(
-    name: str, revision: str | None, token: str | bool | None, *, local_files_only: bool = False
-) -> _Origin:
-    source = resolve(name, revision=revision, token=token, local_files_only=local_files_only, files=METADATA_FILES)
-    return _origin(open_metadata(source.folder))
-
-
-def _origin(release: Release) -> _Origin:
-    source = source_of(release.folder)
-    return _Origin(release=release, id=source.id, commit=source.commit)
-
-
-def _is_folder(name: str) -> bool:
-    return Path(name).expanduser().is_dir()
-
-
-def _check_plan(adapter: Adapter, known: str | None, origin: _Origin, token: str | bool | None) -> None:
-    """Compare the plan with the one the adapter was trained on, where that is at hand.
-
-    Two releases of one ratio give equal shapes and different kept groups: the factors would land on the wrong channels.
-    """
-    digest = _named_digest(adapter, origin, token) if known is None else known
-    if digest is not None and digest != origin.release.plan.digest:
-        raise PlanMismatchError(
-            f"{adapter.source} was trained on plan {digest[:12]} (release {adapter.config.base}); {origin.id} has plan "
-            f"{origin.release.plan.digest[:12]}, which keeps other channel groups. Give the release it was trained on, "
-            "or retrain on this one."
-        )
-
-
-def _known_digest(adapter: Adapter, trained_on: Release | None) -> str | None:
-    """Return the digest that record or mark of the adapter give, or that of the model it lives on, if it names that."""
-    recorded = adapter.record.get("plan_sha256")
-    if isinstance(recorded, str):
-        return recorded
-    # A live adapter has the mark of the model it lives on, unless it was loaded with another.
-    if trained_on is None or adapter.marked_plan not in (None, trained_on.plan.digest):
-        return adapter.marked_plan
-    base, revision = adapter.config.base, adapter.config.revision
-    source = source_of(trained_on.folder)
-    if source.commit is not None and base == source.id:
-        is_named = revision in (None, "", source.commit)
-    else:
-        is_named = base is None or Path(base) == Path(os.path.abspath(trained_on.folder))
-    return trained_on.plan.digest if is_named else None
-
-
-def _named_digest(adapter: Adapter, origin: _Origin, token: str | bool | None) -> str | None:
-    """Return the plan digest of the release that the adapter itself names; None, with a warning, if it is gone.
-
-    A Hub id without a revision names no plan. What was opened is then held against the commits that were loaded here,
-    but the caller's word stands: they need not be what it was trained on.
-    """
-    base, revision = adapter.config.base, adapter.config.revision
-    try:
-        if base is None:
-            raise CheckpointError("it names none.")
-        if revision or _is_folder(base):
-            return _open_origin(base, revision, token, local_files_only=True).release.plan.digest
-        if origin.commit is not None and origin.id == base:
-            return None
-        if origin.release.plan.digest in {here.release.plan.digest for here in _origins_here(base, token)}:
-            return None
-        raise CheckpointError(f"it names {base} without a revision.")
-    except LoramError as err:
-        logger.warning(
-            "%s cannot be compared with the release it was trained on: %s Shapes fit %s; if that keeps other channel "
-            "groups, the recovered adapter is worthless",
-            adapter.source,
-            err,
-            origin.id,
-        )
-        return None
-
-
-def _full_shapes(adapter: Adapter, origin: _Origin) -> dict[str, tuple[int, ...]]:
+def _full_shapes(adapter: Adapter, origin: Origin) -> dict[str, tuple[int, ...]]:
     """Check that every pair has the pruned shape of its weight; return the full shapes (out_features, in_features)."""
     architecture, sizes = origin.release.architecture, origin.release.plan.layers
     shapes: dict[str, tuple[int, ...]] = {}
@@ -391,7 +224,7 @@ def _full_shapes(adapter: Adapter, origin: _Origin) -> dict[str, tuple[int, ...]
 
 
 def _shape_error(
-    module: str, found: tuple[int, ...], pruned: tuple[int, ...], whole: tuple[int, ...], origin: _Origin
+    module: str, found: tuple[int, ...], pruned: tuple[int, ...], whole: tuple[int, ...], origin: Origin
 ) -> LoramError:
     if found == whole:
         return UnsupportedAdapterError(
@@ -426,7 +259,7 @@ def _canonical(
     return canonical, scale.factors
 
 
-def _record(adapter: Adapter, origin: _Origin, folder: Path) -> AdapterRecord:
+def _record(adapter: Adapter, origin: Origin, folder: Path) -> AdapterRecord:
     """Return the provenance that goes beside the adapter: a function of adapter and release, without paths or times."""
     base = origin.release.manifest.base
     return AdapterRecord(
@@ -434,7 +267,8 @@ def _record(adapter: Adapter, origin: _Origin, folder: Path) -> AdapterRecord:
         base_commit=base.commit,
         base_config_sha256=base.config_sha256,
         release_id=origin.id,
-        release_commit=origin.commit,
+        # Of a sparse release any commit will do; one that was not trained on must not pass for where this comes from.
+        release_commit=None if origin.assumed and origin.release.is_sparse else origin.commit,
         plan_sha256=origin.release.plan.digest,
         trained=training_of(adapter.config, masked=adapter.was_masked),
         files=hash_files(folder),
