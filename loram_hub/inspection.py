@@ -80,7 +80,8 @@ def count_parameters(
         keep_first: layers at the start that stay whole; 4 if nothing is said.
         keep_last: layers at the end that stay whole; 2 if nothing is said.
         round_to: round kept MLP channels up to a multiple; None keeps the paper's counts.
-        sparsity: remove single weights instead, this share of every projection, in (0, 1).
+        sparsity: remove single weights instead, this share of every projection, in (0, 1); Wanda, which rounds it in
+            every row, keeps a few more than is counted.
         pattern: remove single weights in groups: `n:m` keeps n of every m inputs, as in `4:8`.
         revision: of a Hub id.
         token: of the Hub.

@@ -38,9 +38,10 @@ def train(rank: int, release: Path, out: Path) -> None:
 
 def refusals(release: Path) -> dict[str, str]:
     """Return what is said of a masked model that is shared out."""
-    model = fully_shard(adapted(release))
+    model = adapted(release)
+    fully_shard(model)
     layer = next(module for module in model.modules() if isinstance(module, MaskedLayer))
-    asked: dict[str, Callable[[], object]] = {"forward": lambda: layer(torch.zeros(1, layer.in_features))}
+    asked: dict[str, Callable[[], object]] = {"forward": lambda: layer(torch.zeros(1, model.config.hidden_size))}
     for callback in (SealCallback(), RecoverCallback()):
         begin = partial(callback.on_train_begin, TrainingArguments(use_cpu=True), TrainerState(), TrainerControl())
         asked[type(callback).__name__] = partial(begin, model=model)

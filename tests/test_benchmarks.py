@@ -182,7 +182,7 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    return save_tokenizer(save_base(folder, tiny_config(intermediate_size=40)))
+    return save_tokenizer(save_base(folder, tiny_config(intermediate_size=40, head_dim=8)))
 
 
 def test_sparse_losses_are_measured_once_for_each_method(
@@ -220,7 +220,7 @@ def test_sparse_losses_are_told_in_one_line(
 
     found = json.loads(capsys.readouterr().out)
     assert set(found) == LINE
-    assert set(found["figures"]["densities"]) == set(found["figures"]["densities"]) & {"4:8", "2:4", "50 %", "55 %"}
+    assert list(found["figures"]["densities"]) == ["4:8"]
     assert all(math.isfinite(figure) and figure > 0 for figure in numbers(found["figures"]["densities"]))
 
 

@@ -206,6 +206,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in ("llama", "phi3"):
         base = save_base(folder / f"{family}-base", sparse_config(family, tie_word_embeddings=False))
         sparse_release(folder / family, base, pattern="4:8")
+    sparse_release(folder / "two-of-eight", folder / "llama-base", pattern="2:8")
     sparse_release(folder / "nf4", folder / "llama-base", pattern="4:8", nf4=True)
     other = save_base(folder / "other-base", sparse_config("llama", intermediate_size=48))
     sparse_release(folder / "other", other)
@@ -473,6 +474,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         "No projection of the model has LoRA",
     ),
     "DoRA": (lambda at: adapted(at / "llama", masked=False, use_dora=True), UnsupportedAdapterError, "DoraLinear"),
+    "PiSSA": (
+        lambda at: adapted(at / "llama", masked=False, init_lora_weights="pissa"), UnsupportedAdapterError,
+        "changes the weights of the model, zeros too",
+    ),
     "merged": (lambda at: merged(adapted(at / "llama", masked=False)), IncompatibleError, "is merged into"),
 }  # fmt: skip
 
@@ -510,11 +515,12 @@ def test_torn_masks_leave_the_model_alone(folder: Path, tmp_path: Path, monkeypa
     assert not any(isinstance(module, MaskedLayer) for module in model.modules())
 
 
-def test_masks_of_another_model_are_refused(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["other", "two-of-eight"])
+def test_masks_of_another_release_are_refused(folder: Path, name: str) -> None:
     model = adapted(folder / "llama", masked=False)
-    other = AutoLoramModel.from_pretrained(folder / "other").loram
+    other = AutoLoramModel.from_pretrained(folder / name).loram
 
-    with pytest.raises(PlanMismatchError, match="Give the release that the model was opened from"):
+    with pytest.raises(PlanMismatchError, match="keeps other weights than"):
         mask_lora_(model, other)  # type: ignore[arg-type]  # of the class that AutoLoramModel makes
 
     assert not is_masked(model)

@@ -191,7 +191,7 @@ def test_an_unnamed_revision_of_a_sparse_release_makes_no_difference(
 
     recovered = recover(tmp_path / "adapter", tmp_path / "out")
 
-    assert (recovered.assumed, recovered.release_commit, caplog.messages) == (False, commit, [])
+    assert (recovered.assumed, recovered.release_commit, caplog.messages) == (True, commit, [])
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (run.recovered / WEIGHTS).read_bytes()
 
 

@@ -59,7 +59,7 @@ def small_recipe(name: str, base: Path, folder: Path) -> dict[str, Any]:
     recipe: dict[str, Any] = yaml.safe_load((PUBLISH / name).read_text())
     texts = save_records(folder / "texts.jsonl", [{"text": text} for text in stdlib_texts() if len(text) > 400][:64])
     recipe |= {"base": str(base), "license_file": str(PUBLISH.parent / "LICENSE")}
-    recipe["prune"] |= {"calibration": texts, "samples": 8, "tokens": 128}
+    recipe["prune"] |= {"calibration": texts, "samples": 4, "tokens": 64}
     recipe["align"] |= {
         "corpora": [{"source": texts}], "steps": 1, "batch_size": 2, "micro_batch_size": 2, "sequence_length": 32,
         "warmup_steps": 0, "held_out": 1, "save_every": 1, "evaluate_every": 1,

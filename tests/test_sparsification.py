@@ -582,6 +582,33 @@ def test_what_the_matrices_cannot_be_pruned_to_is_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_settings_of_another_type_are_refused(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="settings is a dict; give SparsitySettings"):
+        sparsify(base, tmp_path / "out", settings={"pattern": "4:8"}, calibration=calibration())  # type: ignore[arg-type]
+
+
+def test_what_sparsegpt_did_otherwise_than_asked_is_in_the_recipe(tmp_path: Path, base: Path) -> None:
+    asked = SparsitySettings(sparsity=0.5, dampening=1e-9)
+    few = calibration()[:1, :28]  # enough for 24 inputs, too few for 36 and 60
+
+    release = sparsify(base, tmp_path / "out", settings=asked, calibration=few)
+
+    exceptions = release.manifest.recipe["sparsify"]["exceptions"]
+    wide = {name for name in release.plan.tensor_shapes() if name.endswith(("o_proj.weight", "down_proj.weight"))}
+    assert wide <= set(exceptions)
+    assert all(value == "magnitude" or value > asked.dampening for value in exceptions.values())
+
+
+def test_a_release_on_which_sparsegpt_did_nothing_is_not_called_one_of_it(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="decompose the inputs of no matrix"):
+        sparsify(
+            base, tmp_path / "out", settings=SparsitySettings(sparsity=0.5, dampening=1e-30),
+            calibration=calibration()[:1, :2],
+        )  # fmt: skip
+
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
 def test_a_base_with_numbers_that_are_none_is_refused(tmp_path: Path, base: Path, method: str) -> None:
     from safetensors.torch import load_file, save_file

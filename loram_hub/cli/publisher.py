@@ -45,7 +45,8 @@ STRUCTURED = "structured"
 def plan(model: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Count what pruning MODEL would leave; needs only its config.json (folder, file or Hub id).
 
-    With --sparsity or --pattern: what is left of the parameters if single weights are removed.
+    With --sparsity or --pattern: what is left of the parameters if single weights are removed. Wanda rounds a sparsity
+    in every row, and keeps a few more; loram prune --dry-run counts what the method keeps.
     """
     from loram_hub.inspection import count_parameters
 

@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch.distributed.tensor import DTensor
 
+from loram_hub.adapter.config import PLAIN_INITS
 from loram_hub.adapter.live import is_masked
 from loram_hub.errors import IncompatibleError, InvalidRequestError, PlanMismatchError, UnsupportedAdapterError
 from loram_hub.masked_lora.layers import SHARDED, MaskedLayer, masked_class_of, put_mask_
@@ -40,7 +41,7 @@ def mask_lora_(model: PeftModel, release: Release | None = None) -> None:
         InvalidRequestError: there is no LoRA on the model, or no release is known, or it is not sparse.
         UnsupportedAdapterError: an adapter is no plain LoRA.
         IncompatibleError: a layer cannot be masked, or has an adapter merged into it.
-        PlanMismatchError: model and release differ in shape.
+        PlanMismatchError: the model was opened from another release, or differs from it in shape.
         VerificationError: the masks were altered or torn.
 
     Example:
@@ -49,6 +50,7 @@ def mask_lora_(model: PeftModel, release: Release | None = None) -> None:
         >>> mask_lora_(model)  # doctest: +SKIP
     """
     masks = _masks_for(model, release)
+    _check_starts(model)
     layers = _maskable_layers(model, masks)
     kept = {name: _kept_weights(masks, name, layer) for name, layer in layers.items()}  # all, before one is put on
     for name, layer in layers.items():
@@ -79,7 +81,8 @@ def _masks_for(model: PeftModel, release: Release | None) -> MaskFile:
         raise InvalidRequestError(
             f"model is a {type(model).__name__} without an adapter. Put one on it first: get_peft_model(model, lora)."
         )
-    found = getattr(model.get_base_model(), "loram", None) if release is None else release
+    opened = getattr(model.get_base_model(), "loram", None)
+    found = opened if release is None else release
     if not isinstance(found, Release):
         raise InvalidRequestError(
             "The model was not opened with AutoLoramModel, so that nothing says which release it is. Give it: "
@@ -90,7 +93,23 @@ def _masks_for(model: PeftModel, release: Release | None) -> MaskFile:
             f"{found.folder} is a structured release: what was pruned is not there, so that there is nothing to mask. "
             "Train plain LoRA on it."
         )
+    if isinstance(opened, Release) and opened.plan.digest != found.plan.digest:
+        raise PlanMismatchError(
+            f"The model was opened from {opened.folder}, which keeps other weights than {found.folder}. Give the release "
+            "that the model was opened from, or none."
+        )
     return masks
+
+
+def _check_starts(model: PeftModel) -> None:
+    """Refuse adapters whose start changes the base weights: what was pruned would no longer be zero."""
+    for name, config in model.peft_config.items():
+        start = getattr(config, "init_lora_weights", True)
+        if not isinstance(start, bool) and str(start).lower() not in PLAIN_INITS:
+            raise UnsupportedAdapterError(
+                f"The adapter {name!r} starts with init_lora_weights={start!r:.100}, which changes the weights of the "
+                "model, zeros too. Take init_lora_weights=True."
+            )
 
 
 def _maskable_layers(model: PeftModel, masks: MaskFile) -> dict[str, LoraLayer]:

@@ -18,7 +18,6 @@ from loram_hub.alignment.trackers import check_trackers
 from loram_hub.checkpoint import read_config
 from loram_hub.corpora import PackedStream, check_enough
 from loram_hub.errors import AccessError, InvalidRequestError, LoramError, MissingDependencyError
-from loram_hub.estimation import planned_sparse_counts
 from loram_hub.evaluation import encode_examples
 from loram_hub.files import sha256_of
 from loram_hub.hub import look_up, why_not_writable
@@ -34,7 +33,7 @@ from loram_hub.pipeline.room import check_disk, check_hardware, hardware_notes
 from loram_hub.pipeline.stages import PRUNED, Job, refuse_to_replace_edits, refuse_to_replace_edits_on_hub
 from loram_hub.plan import planned_sizes
 from loram_hub.pruning import check_prune
-from loram_hub.sparsification import SparsitySettings, check_sparsify
+from loram_hub.sparsification import SparsitySettings, asked_counts, check_sparsify
 from loram_hub.streaming import check_device
 from loram_hub.texts import dataset_id, read_examples
 
@@ -151,8 +150,7 @@ def _check_prune(job: Job, found: Findings) -> None:
     recipe, materials = job.recipe, job.materials
     check_device(recipe.device)
     if recipe.prune.is_sparse:
-        pattern = recipe.prune.sparsity_settings.mask_pattern
-        planned_sparse_counts(materials.architecture, pattern, recipe.prune.sparsity)
+        asked_counts(materials.architecture, recipe.prune.sparsity_settings)
         _check_context(job)
     else:
         planned_sizes(materials.architecture, recipe.prune.structure)

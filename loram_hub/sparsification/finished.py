@@ -2,7 +2,8 @@
 
     run.json               what the run is: base, settings, calibration, versions; sealed
     layer-00007.safetensors   the pruned matrices of a layer, and for each its mask
-    layer-00007.json          the hash of that file, and of run.json, and how many threads computed it; sealed
+    layer-00007.json          the hash of that file, and of run.json, how many threads computed it, and what dampening
+                              each matrix took; sealed
 
 A layer counts once its second file is there and the first is what that says. Layers are finished in order, since each
 is fed by those before it. The folder is removed when the release is there.
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 RUN = "run.json"
 _MASK = "mask"
+_NOTED = {"run", "file", "threads", "dampenings"}
 
 
 def work_folder(out: Path) -> Path:
@@ -91,9 +93,12 @@ class FinishedLayers:
                 folder.mkdir(parents=True)
                 self._write_text(RUN, seal(run))
         self.count = 0
+        self.dampenings: dict[str, float | None] = {}
+        """What SparseGPT added for each finished matrix, by full name; None where no update was made."""
         threads: set[int] = set()
         while (found := self._finished(self.count)) is not None:
             threads.add(found["threads"])
+            self.dampenings |= found["dampenings"]
             self.count += 1
         if self.count:
             logger.info("going on after %d layers that were finished before", self.count)
@@ -126,8 +131,15 @@ class FinishedLayers:
             save_file(tensors, part)
             fsync_file(part)
             part.rename(path)
-            found = {"run": self._run, "file": sha256_of(path), "threads": torch.get_num_threads()}
+            dampenings = {name: matrix.dampening for name, matrix in matrices.items()}
+            found = {
+                "run": self._run,
+                "file": sha256_of(path),
+                "threads": torch.get_num_threads(),
+                "dampenings": dampenings,
+            }
             self._write_text(f"{path.stem}.json", seal(found))
+        self.dampenings |= dampenings
         self.count += 1
 
     def weight(self, layer: int, name: str) -> torch.Tensor:
@@ -152,9 +164,9 @@ class FinishedLayers:
         """Return what is noted of a layer, or None if it does not count."""
         path = self.folder / _layer_file(layer)
         found = _read_sealed(path.with_suffix(".json"))
-        if found is None or found.get("run") != self._run or "threads" not in found or not path.is_file():
+        if found is None or set(found) != _NOTED or found["run"] != self._run or not path.is_file():
             return None
-        if found.get("file") != sha256_of(path):
+        if found["file"] != sha256_of(path):
             logger.warning("%s is damaged; that layer is pruned anew", path)
             return None
         return found

@@ -144,4 +144,4 @@ def _as_stored(name: str, matrix: SparseMatrix, checkpoint: Checkpoint) -> Spars
     weight_OI = matrix.weight_OI.to(dtype)
     if not bool(weight_OI.isfinite().all()):
         raise VerificationError(f"The pruned {name} is not finite in {dtype}. Give more calibration or dampening.")
-    return SparseMatrix(weight_OI.cpu(), matrix.mask_OI.cpu())
+    return SparseMatrix(weight_OI.cpu(), matrix.mask_OI.cpu(), matrix.dampening)

@@ -36,6 +36,8 @@ class SparseMatrix:
     """With zeros where it was pruned."""
     mask_OI: torch.Tensor
     """What is kept, bool. A kept weight may be 0 as well."""
+    dampening: float | None = None
+    """Of SparseGPT: what was added in the end; None if no update was made."""
 
 
 def prune_matrices(
@@ -85,7 +87,7 @@ def _sparsegpt(
             continue
         if factor.dampening > settings.dampening:
             logger.warning("%s is pruned with a dampening of %g: less was not enough", name, factor.dampening)
-        yield name, SparseMatrix(*prune_updating(weight_OI, factor, settings))
+        yield name, SparseMatrix(*prune_updating(weight_OI, factor, settings), factor.dampening)
 
 
 def _chosen(scores_OI: torch.Tensor, settings: SparsitySettings, *, by_row: bool) -> torch.Tensor:

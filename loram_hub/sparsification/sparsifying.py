@@ -105,8 +105,9 @@ def sparsify(
         _check_room(job, quantize=quantize)
         finished = FinishedLayers(work_folder(request.out), _run_of(job), settings.mask_pattern)
         prune_layers(job.checkpoint, job.architecture, job.ids_NT, settings, finished, device=device)
+        exceptions = _exceptions(settings, finished)
         plan, kept = _write_masks(job, finished)
-        _write(job, finished, plan, _manifest(job, plan, kept), quantize=quantize)
+        _write(job, finished, plan, _manifest(job, plan, kept, exceptions), quantize=quantize)
         finished.remove()
     logger.info(
         "removed %s of %s weights of the projections by %s",
@@ -190,6 +191,11 @@ class _Job:
 @contextmanager
 def _checked(request: _Request) -> Iterator[_Job]:
     """Check everything that can fail before hours of pruning, and open the base."""
+    if not isinstance(request.settings, SparsitySettings):
+        raise InvalidRequestError(
+            f"settings is a {type(request.settings).__name__}; give SparsitySettings(method=..., pattern=... or "
+            "sparsity=...)."
+        )
     refuse_existing(request.out, overwrite=request.overwrite)
     if isinstance(request.seed, bool) or not isinstance(request.seed, int) or request.seed < 0:
         raise InvalidRequestError(f"seed is {request.seed!r}; a whole number from 0 is needed.")
@@ -275,7 +281,24 @@ def _write_masks(job: _Job, finished: FinishedLayers) -> tuple[Plan, int]:
     return Plan(job.architecture, {}, masks_sha256=sha256_of(path)), kept
 
 
-def _manifest(job: _Job, plan: Plan, kept: int) -> Manifest:
+def _exceptions(settings: SparsitySettings, finished: FinishedLayers) -> dict[str, float | str]:
+    """Return what SparseGPT did otherwise than asked: matrices with their dampening, or `magnitude`.
+
+    Raises:
+        InvalidRequestError: it could not update a single one, so that nothing about the result is SparseGPT's.
+    """
+    if settings.method != "sparsegpt":
+        return {}
+    found = {name: "magnitude" if value is None else value for name, value in finished.dampenings.items()}
+    if set(found.values()) == {"magnitude"}:
+        raise InvalidRequestError(
+            "SparseGPT could decompose the inputs of no matrix: the calibration is too small or too uniform, or the "
+            f"dampening ({settings.dampening:g}) too low. Raise one of them, or take --method magnitude."
+        )
+    return {name: value for name, value in found.items() if value != settings.dampening}
+
+
+def _manifest(job: _Job, plan: Plan, kept: int, exceptions: dict[str, float | str]) -> Manifest:
     source, settings, counts = job.source, job.settings, job.counts
     is_sparsegpt = settings.method == "sparsegpt"
     pruning = Sparsification(
@@ -304,6 +327,7 @@ def _manifest(job: _Job, plan: Plan, kept: int) -> Manifest:
         "seed": job.request.seed,
         **_calibration_recipe(job),
         **({"dampening": settings.dampening, "block_size": settings.block_size} if is_sparsegpt else {}),
+        **({"exceptions": exceptions} if exceptions else {}),
     }
     parameters = counts.original_parameters - counts.prunable_weights + kept
     return Manifest(base=base, pruning=pruning, parameters=parameters, recipe={"sparsify": recipe})
