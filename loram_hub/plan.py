@@ -87,8 +87,8 @@ class Plan:
         """Check order, range and type of every index; raises `PlanMismatchError`."""
         if self.masks_sha256 is not None and self.kept:
             raise PlanMismatchError(
-                f"The plan removes single weights and, of {len(self.kept)} layers, channel groups too; it is one or the "
-                "other."
+                f"The plan removes single weights and, of {len(self.kept)} layers, channel groups too; it is one or "
+                "the other."
             )
         for layer, spaces in self.kept.items():
             if not 0 <= layer < self.architecture.num_hidden_layers:

@@ -95,8 +95,8 @@ def _masks_for(model: PeftModel, release: Release | None) -> MaskFile:
         )
     if isinstance(opened, Release) and opened.plan.digest != found.plan.digest:
         raise PlanMismatchError(
-            f"The model was opened from {opened.folder}, which keeps other weights than {found.folder}. Give the release "
-            "that the model was opened from, or none."
+            f"The model was opened from {opened.folder}, which keeps other weights than {found.folder}. Give the "
+            "release that the model was opened from, or none."
         )
     return masks
 
