@@ -18,9 +18,9 @@ Time: in 32 bit W_P + D is formed once and multiplied once, and the backward pas
 has one and one. In 16 bit such a sum would lose the update: what is less than half a unit in the last place of a weight
 (a 512th of it in bfloat16) rounds to nothing, so the forward pass multiplies twice. The backward pass does not: there
 the same rounding is no larger than that of the gradients g and dx themselves, which are of that type too. A linear
-layer so takes about 2x the time of the unmasked one in 16 bit, four products against two, and up to 1.5x in 32 bit,
-about 1.3x beside what else LoRA does there. That a training step takes at most 1.6x, as `benchmarks/masked_step.py`
-judges, is said of the whole step, in which attention, norms, the lm_head and the loss cost what they did.
+layer so takes up to 2x the time of the unmasked one in 16 bit, four products against two, and up to 1.5x in 32 bit. The
+target of 1.6x in `benchmarks/masked_step.py` is for the whole training step, in which attention, norms, the lm_head and
+the loss cost what they did.
 """
 
 from __future__ import annotations
