@@ -20,7 +20,8 @@ HELD_OUT = "held_out"
 """Name of the evaluation set that is taken out of the training data."""
 
 MASKED_BY_DEFAULT = False
-"""Whether adapters of sparse releases are trained masked where a recipe does not say."""
+"""Whether adapters of sparse releases are trained masked where a recipe does not say. The paper masks; measured on the
+original model, adapters trained without are better (docs/variants.md)."""
 
 ALL_PROJECTIONS = "all-linear"
 """Target that stands for the projections of every layer, without the lm_head."""
