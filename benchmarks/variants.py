@@ -7,6 +7,7 @@ LoRA and with masked LoRA. Controls: the base untouched, and plain LoRA on the b
 
     python benchmarks/variants.py run --work-dir DIR       # finished cells are skipped; seeds are the outermost loop
     python benchmarks/variants.py table --work-dir DIR     # the tables from the cells that are there
+    python benchmarks/variants.py picture --work-dir DIR   # the same as DIR/variants.png
 
 Measured: held-out loss of the release before fine-tuning, of the release with the adapter as trained, and of the base
 with the recovered adapter; on tasks like those that were trained on (in domain) and on general text (out of domain).
@@ -114,7 +115,7 @@ PLAIN = "plain"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("action", choices=["run", "table", "picture"])
     parser.add_argument("--work-dir", type=Path, required=True, help="cells, recipes, releases and data; kept")
     parser.add_argument("--variant", choices=VARIANTS, action="append", help="default: all")
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
@@ -122,6 +123,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps: shows that the script works")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    if arguments.action == "picture":
+        draw(read_cells(arguments.work_dir), arguments.work_dir / "variants.png")
+        return
     if arguments.action == "table":
         print(table(read_cells(arguments.work_dir)))
         return
@@ -347,6 +351,38 @@ def _rows(cells: Sequence[Mapping[str, Any]], data: str) -> Iterator[str]:
             "" if name == PLAIN else _spread(against, sign="+"),
         ]
         yield "| " + " | ".join(columns) + " |"
+
+
+MARKS = {
+    "before": ("o", "#9a9a9a", "release, before fine-tuning"),
+    "trained": ("s", "#d98032", "release with the adapter"),
+    "recovered": ("D", "#1f5fa8", "base with the recovered adapter"),
+}
+"""Mark, colour and name of each measured loss in the picture."""
+
+
+def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the losses of all variants, a row each: mean over the seeds, and the seeds themselves as small points."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in VARIANTS if any(cell["variant"] == name for cell in cells)]
+    figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
+    plots = figure.subplots(1, 2, sharey=True)
+    for axes, (data, title) in zip(plots, (("tasks", "in domain"), ("texts", "out of domain")), strict=True):
+        for row, name in enumerate(names):
+            for kind, (mark, colour, label) in MARKS.items():
+                losses = [cell[kind][data] for cell in cells if cell["variant"] == name]
+                axes.plot(losses, [row] * len(losses), ".", color=colour, alpha=0.5, markersize=4)
+                shown = label if row == 0 else "_"
+                axes.plot(statistics.mean(losses), row, mark, color=colour, markersize=7, label=shown)
+        axes.axvline(cells[0]["base"][data], color="#555555", linewidth=1, linestyle="--", label="base, not fine-tuned")
+        axes.set(title=title, xlabel="held-out loss, nats per token", yticks=range(len(names)))
+        axes.grid(axis="x", linewidth=0.4, alpha=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    plots[0].set_yticklabels([VARIANTS[name].label for name in names])
+    plots[0].invert_yaxis()
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Software": None})
 
 
 def _masked_against_plain(cells: Sequence[Mapping[str, Any]]) -> str:

@@ -267,6 +267,19 @@ def test_variants_differ_in_pruning_and_masking_alone(
     assert published["semi"] == published["semi-masked"]
 
 
+def test_the_picture_of_variants_has_a_row_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = script("variants", monkeypatch)
+    figures: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    losses = {"tasks": 3.0, "texts": 2.0}
+    shared = dict.fromkeys(("base", "before", "trained", "recovered"), losses)
+
+    benchmark.draw([{"variant": name, **shared} for name in benchmark.VARIANTS], tmp_path / "variants.png")
+
+    labels = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert labels == [each.label for each in benchmark.VARIANTS.values()]
+
+
 def test_the_table_of_variants_has_means_and_differences_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = script("variants", monkeypatch)
 
