@@ -298,7 +298,8 @@ def _check_base(release: Release, base: str | os.PathLike[str] | None, token: st
     if not full:
         return compared
     nbytes = compare_weights(release, resolve(found.name, revision=found.revision, token=token).folder)
-    return f"{compared}; {nbytes:,} bytes of kept weights, bit by bit"
+    kept = "weights, zeros where the masks remove one" if release.is_sparse else "kept weights"
+    return f"{compared}; {nbytes:,} bytes of {kept}, bit by bit"
 
 
 def _verify_adapter(source: Source, base: str | os.PathLike[str] | None, token: str | bool | None) -> Verified:
