@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from safetensors.numpy import save
 
 from loram_hub.architecture import Architecture
 from loram_hub.errors import LoramError
-from loram_hub.manifest import MANIFEST, BaseModel, FileEntry, Manifest, Pruning, read_manifest
+from loram_hub.manifest import MANIFEST, BaseModel, FileEntry, Manifest, Pruning, Sparsification, read_manifest
 from loram_hub.plan import Plan
 from loram_hub.release import MASK_INDEX, read_mask_index, write_mask_index
 from loram_hub.release.configuration import check_config, check_keys
@@ -54,6 +55,22 @@ PRINTABLE = st.text(
     st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="/\\"), min_size=1, max_size=30
 )
 PLAIN = st.text("abcdefghij_-0123456789", min_size=1, max_size=12)
+BASE = BaseModel(id="base", commit=None, config_sha256="0" * 64, parameters=2)
+STRUCTURED = Manifest(
+    base=BASE,
+    pruning=Pruning(
+        method="structured", importance="random", pruning_ratio=0.5, keep_first=1, keep_last=1, round_to=None, seed=0,
+        calibration=None, plan_sha256="0" * 64,
+    ),
+    parameters=1,
+)  # fmt: skip
+SPARSE = replace(
+    STRUCTURED,
+    pruning=Sparsification(
+        method="wanda", pattern="4:8", sparsity=0.5, kept_weights=1, dampening=None, block_size=None, seed=0,
+        calibration=None, plan_sha256="0" * 64,
+    ),
+)  # fmt: skip
 MANIFESTS = st.builds(
     Manifest,
     base=st.builds(
@@ -255,20 +272,29 @@ def test_arbitrary_bytes_are_no_manifest(scratch: Path, content: bytes) -> None:
         JSON,
         max_size=5,
     ),
+    manifest=st.sampled_from([STRUCTURED, SPARSE]),
     quantization=st.none() | st.just({"dtype": "bfloat16"}),
 )
-@example(values={"loram": {"format": 1}}, quantization=None)
-@example(values={"loram": {"format": 1.0}}, quantization=None)
-@example(values={"loram": {"format": 1}, "x": "\x1b", "y": {"attn_implementation": {}}}, quantization=None)
-def test_generated_configs_are_passed_or_refused(values: dict[str, Any], quantization: dict[str, Any] | None) -> None:
+@example(values={"loram": {"format": 1}}, manifest=STRUCTURED, quantization=None)
+@example(values={"loram": {"format": 1}}, manifest=SPARSE, quantization=None)
+@example(values={"loram": {"format": 2}}, manifest=SPARSE, quantization=None)
+@example(values={"loram": {"format": 1.0}}, manifest=STRUCTURED, quantization=None)
+@example(
+    values={"loram": {"format": 1}, "x": "\x1b", "y": {"attn_implementation": {}}},
+    manifest=STRUCTURED,
+    quantization=None,
+)
+def test_generated_configs_are_passed_or_refused(
+    values: dict[str, Any], manifest: Manifest, quantization: dict[str, Any] | None
+) -> None:
     def check() -> bool:
         check_keys(values, source="config.json")
-        check_config(values, quantization, source="config.json")
+        check_config(values, replace(manifest, quantization=quantization), source="config.json")
         return True
 
     passed = outcome(check) is True
 
-    assert not passed or (values["loram"] == {"format": 1} and quantization is None)
+    assert not passed or (values["loram"] == {"format": manifest.format} and quantization is None)
 
 
 def test_there_are_as_many_examples_as_were_promised() -> None:
