@@ -13,6 +13,7 @@ from loram_hub.recipes.fields import FLAT as FLAT
 from loram_hub.recipes.fields import PATH as PATH
 from loram_hub.recipes.fields import keys_of as keys_of
 from loram_hub.recipes.reading import read_file as read_file
+from loram_hub.recipes.reading import read_profile as read_profile
 from loram_hub.recipes.reading import read_section as read_section
 from loram_hub.recipes.reading import section_from as section_from
 from loram_hub.recipes.schema import schema_of as schema_of

@@ -58,10 +58,13 @@ def _keys_of(section: type) -> tuple[Key, ...]:
     return tuple(found)
 
 
-def flat_fields(section: type) -> Iterator[tuple[str, type]]:
-    """Yield name and dataclass of the fields of a section that are marked `flat`."""
+def flat_fields(section: type) -> Iterator[tuple[str, type, frozenset[str]]]:
+    """Yield the fields of a section that are marked `flat`: name, dataclass, and which of its keys stand beside."""
     hints = get_type_hints(section)
-    yield from ((field.name, hints[field.name]) for field in fields(section) if FLAT in field.metadata)
+    for field in fields(section):
+        if FLAT in field.metadata:
+            inner = hints[field.name]
+            yield field.name, inner, frozenset(keys_of(inner)) - frozenset(field.metadata[FLAT])
 
 
 def _key(field: Field[Any], hint: Any, text: str) -> Key:  # noqa: ANN401 (a type)

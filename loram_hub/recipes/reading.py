@@ -43,6 +43,40 @@ def read_file(section: type[_T], path: str | os.PathLike[str]) -> _T:
     return _read(section, values, place)
 
 
+def read_profile(section: type[_T], path: str | os.PathLike[str], profile: str | None) -> _T:
+    """Read a recipe whose file may hold `profiles`: named sets of keys that outweigh the others.
+
+    Args:
+        section: the dataclass of the recipe; it has no key `profiles`.
+        path: the file.
+        profile: the set to take; None for none. Its sections are merged into those of the file, key by key; lists and
+            plain values replace what is there.
+
+    Raises:
+        InvalidRequestError: see `read_file`; or there is no such profile.
+    """
+    values, place = _read_file(Path(path).expanduser())
+    profiles = values.pop("profiles", None) or {}
+    if not isinstance(profiles, Mapping) or not all(isinstance(keys, Mapping) for keys in profiles.values()):
+        place.refuse("profiles", f"profiles is {_shown(profiles)}; a section with a section for each name is needed.")
+    if profile is None:
+        return _read(section, values, place)
+    if profile not in profiles:
+        known = ", ".join(map(str, profiles)) or "none"
+        raise InvalidRequestError(f"{place.source} has no profile {profile!r:.80}; it has: {known}.")
+    prefix = f"profiles.{profile}."
+    moved = {key.removeprefix(prefix): line for key, line in place.lines.items() if key.startswith(prefix)}
+    return _read(section, _merged(values, profiles[profile]), replace(place, lines={**place.lines, **moved}))
+
+
+def _merged(values: Mapping[str, Any], outweighing: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(values)
+    for key, value in outweighing.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
 def section_from(section: type[_T], values: Mapping[str, Any], *, folder: str | os.PathLike[str] | None = None) -> _T:
     """Build a recipe from plain values, as JSON or YAML give them.
 
@@ -138,8 +172,8 @@ def _section(section: type[_T], values: object, path: str, place: _Place) -> _T:
 
 def _build(section: type[_T], read: dict[str, Any]) -> _T:
     """Construct a section, and first the parts of it whose keys stand beside its own."""
-    for name, part in flat_fields(section):
-        inner = {key: read.pop(key) for key in keys_of(part) if key in read}
+    for name, part, beside in flat_fields(section):
+        inner = {key: read.pop(key) for key in beside if key in read}
         read[name] = part(**inner)
     return section(**read)
 

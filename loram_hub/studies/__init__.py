@@ -1,0 +1,35 @@
+"""Studies: a grid of LoRAM runs and their controls, measured on held-out data, resumable cell by cell.
+
+specification   the study, from YAML
+grid            its cells
+materials       base and data, found and hashed
+making          releases, each made once
+measuring       held-out losses, peak memory
+running         `run_study`
+records         rows of results.jsonl
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from loram_hub.studies.grid import Cell as Cell
+from loram_hub.studies.grid import cells_of as cells_of
+from loram_hub.studies.records import Row as Row
+from loram_hub.studies.records import read_rows as read_rows
+from loram_hub.studies.specification import Study as Study
+from loram_hub.studies.specification import read_study as read_study
+from loram_hub.studies.specification import ready_studies as ready_studies
+
+if TYPE_CHECKING:
+    from loram_hub.studies.running import StudyPreview as StudyPreview
+    from loram_hub.studies.running import StudyResult as StudyResult
+    from loram_hub.studies.running import check_study as check_study
+    from loram_hub.studies.running import run_study as run_study
+
+_RUNNING = ("StudyPreview", "StudyResult", "check_study", "run_study")
+
+
+def __getattr__(name: str) -> object:
+    if name not in _RUNNING:  # which needs torch; rows and tables do not
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("loram_hub.studies.running"), name)

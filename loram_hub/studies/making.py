@@ -1,0 +1,153 @@
+"""The releases of a study, each made once and shared by the cells that need it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from transformers import AutoTokenizer
+
+from loram_hub.alignment import align
+from loram_hub.files import dump_json, read_json
+from loram_hub.pruning import prune
+from loram_hub.quantization import quantize
+from loram_hub.release import Release, open_release
+from loram_hub.sparsification import SparsitySettings, sparsify
+from loram_hub.studies.grid import Cell
+from loram_hub.studies.materials import Materials, content_of
+from loram_hub.texts import calibration_ids, read_texts
+
+CALIBRATION_TEXTS = 10_000
+"""Records that are read for calibration at most."""
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """Return the first 12 hexadecimal digits of the hash of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+class Releases:
+    """Makes the releases of cells, in a folder that several processes may share.
+
+    Args:
+        materials: the study, found.
+        folder: for releases, and for how long each took.
+    """
+
+    def __init__(self, materials: Materials, folder: Path) -> None:
+        self._materials, self._folder = materials, folder
+
+    def stages_of(self, cell: Cell) -> list[dict[str, Any]]:
+        """Return what decides over a cell's release, stage by stage; the first prunes, others may follow."""
+        stages = [self._pruning_of(cell)]
+        if cell.alignment_steps:
+            alignment = self._materials.study.alignment
+            stages.append(
+                {
+                    "stage": "align",
+                    "settings": asdict(alignment.settings_of(cell.alignment_steps, cell.seed)),
+                    "corpora": [asdict(one) | {"source": content_of(one.source)} for one in alignment.corpora],
+                }
+            )
+        if cell.quantization != "none":
+            stages.append({"stage": "quantize", "type": cell.quantization})
+        return stages
+
+    def folder_of(self, stages: list[dict[str, Any]]) -> Path:
+        """Return the folder of a release."""
+        return self._folder / f"{stages[-1]['stage']}-{digest_of({'stages': stages})}"
+
+    def make(self, cell: Cell) -> tuple[Release, float]:
+        """Make a cell's release, or find it.
+
+        Returns:
+            The release, and the seconds that its stages took when they were made.
+        """
+        stages = self.stages_of(cell)
+        makers: Mapping[str, Callable[[Cell, Path | None, Path], None]] = {
+            "prune": self._prune, "align": self._align, "quantize": self._quantize,
+        }  # fmt: skip
+        seconds, previous = 0.0, None
+        for count in range(1, len(stages) + 1):
+            out = self.folder_of(stages[:count])
+            note = out.with_name(f"{out.name}.json")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(out.with_name(f"{out.name}.lock")):
+                if not out.exists():
+                    started = time.perf_counter()
+                    makers[stages[count - 1]["stage"]](cell, previous, out)
+                    note.write_text(dump_json({"seconds": time.perf_counter() - started}), encoding="utf-8")
+                seconds += float(read_json(note)["seconds"])
+            previous = out
+        assert previous is not None
+        return open_release(previous), seconds
+
+    def _pruning_of(self, cell: Cell) -> dict[str, Any]:
+        study, method = self._materials.study, cell.method
+        facts: dict[str, Any] = {"stage": "prune", "base": self._materials.base_digest}
+        if method is None:
+            return facts | {"ratio": 0.0}
+        facts |= {"method": method.method, "ratio": cell.ratio, "seed": cell.seed}
+        if method.method == "semi":
+            facts["pattern"] = method.pattern
+        if not method.is_sparse:
+            facts |= {"keep_first": study.keep_first, "keep_last": study.keep_last}
+        if method.method == "stru":
+            facts["importance"] = method.importance
+        if method.method != "rand" and study.calibration is not None:
+            facts["calibration"] = asdict(study.calibration) | {"source": content_of(study.calibration.source)}
+        return facts
+
+    def _prune(self, cell: Cell, _: Path | None, out: Path) -> None:
+        study, base = self._materials.study, self._materials.source.folder
+        if cell.method is None:
+            prune(base, out, pruning_ratio=0.0, importance="magnitude", seed=0)
+        elif cell.method.is_sparse:
+            assert study.calibration is not None
+            settings = SparsitySettings(
+                sparsity=cell.ratio,
+                pattern=cell.method.pattern if cell.method.method == "semi" else None,
+                samples=study.calibration.sparse_samples,
+                tokens=study.calibration.sparse_tokens,
+            )
+            sparsify(
+                base, out, settings=settings, calibration=study.calibration.source, seed=cell.seed,
+                device=study.device, overwrite=True,
+            )  # fmt: skip
+        else:
+            assert cell.ratio is not None
+            importance = "random" if cell.method.method == "rand" else cell.method.importance
+            prune(
+                base, out, pruning_ratio=cell.ratio, importance=importance, seed=cell.seed, device=study.device,
+                keep_first=study.keep_first, keep_last=study.keep_last,
+                calibration=self._calibration(cell.seed) if importance.startswith("taylor") else None,
+            )  # fmt: skip
+
+    def _calibration(self, seed: int) -> Any:  # noqa: ANN401 (a tensor, and torch is not imported here)
+        calibration = self._materials.study.calibration
+        assert calibration is not None
+        return calibration_ids(
+            read_texts(calibration.source, limit=CALIBRATION_TEXTS),
+            AutoTokenizer.from_pretrained(self._materials.source.folder),
+            samples=calibration.samples,
+            tokens=calibration.tokens,
+            seed=seed,
+        )
+
+    def _align(self, cell: Cell, previous: Path | None, out: Path) -> None:
+        assert previous is not None
+        alignment = self._materials.study.alignment
+        align(
+            previous, out, corpora=alignment.corpora, device=self._materials.study.device,
+            settings=alignment.settings_of(cell.alignment_steps, cell.seed),
+        )  # fmt: skip
+
+    def _quantize(self, _: Cell, previous: Path | None, out: Path) -> None:
+        assert previous is not None
+        quantize(previous, out, device=self._materials.study.device)
