@@ -107,7 +107,7 @@ class Releases:
     def _prune(self, cell: Cell, _: Path | None, out: Path) -> None:
         study, base = self._materials.study, self._materials.source.folder
         if cell.method is None:
-            prune(base, out, pruning_ratio=0.0, importance="magnitude", seed=0)
+            prune(base, out, pruning_ratio=0.0, importance="magnitude", keep_first=0, keep_last=0)
         elif cell.method.is_sparse:
             assert study.calibration is not None
             settings = SparsitySettings(

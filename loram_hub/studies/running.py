@@ -358,7 +358,7 @@ class _Run:
     def _base_parameters(self) -> int:
         from loram_hub.inspection import count_parameters
 
-        return count_parameters(self._base, pruning_ratio=0.0).original_parameters
+        return count_parameters(self._base, pruning_ratio=0.0, keep_first=0, keep_last=0).original_parameters
 
     @property
     def _sets(self) -> Sets:
