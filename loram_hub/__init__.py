@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from loram_hub.sparsification import SparsitySettings as SparsitySettings
     from loram_hub.sparsification import sparsify as sparsify
     from loram_hub.teaching import teach as teach
+    from loram_hub.updates import update_norms as update_norms
 
 _HOME = {
     "AutoLoramModel": "auto",
@@ -62,6 +63,7 @@ _HOME = {
     "refit": "refitting",
     "sparsify": "sparsification",
     "teach": "teaching",
+    "update_norms": "updates",
     "verify": "inspection",
 }
 
@@ -90,6 +92,7 @@ __all__ = [
     "refit",
     "sparsify",
     "teach",
+    "update_norms",
     "verify",
 ]
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 STRUCTURED = "structured"
+SCORES = ("importance", "importance_out")
 
 
 @main.command(epilog="Example: loram plan meta-llama/Llama-3.1-70B --pruning-ratio 0.85")
@@ -80,7 +81,13 @@ def plan(model: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     "--importance",
     default="taylor",
     show_default=True,
-    help="Of channel groups: random, magnitude[:l2|:l1] or taylor[:param_first|:vectorize|:param_second|:param_mix].",
+    help="Of channel groups: random, magnitude[:l2|:l1], taylor[:param_first|:vectorize|:param_second|:param_mix], or "
+    "file:PATH, scores that --importance-out wrote.",
+)
+@click.option(
+    "--importance-out",
+    type=click.Path(path_type=Path),
+    help="Write the scores of the channel groups to this file; another ratio then needs no scoring.",
 )
 @sparsity_options
 @click.option(
@@ -152,14 +159,14 @@ def _arguments(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
     asked: dict[str, Any] = {"method": method, **{name: options[name] for name in SPARSITY}}
     asked |= {name: options[name] for name in CALIBRATION if options[name] is not None}
-    unused = (*SPARSITY, *CALIBRATION, *STRUCTURE, "importance")
+    unused = (*SPARSITY, *CALIBRATION, *STRUCTURE, *SCORES)
     rest = {name: value for name, value in options.items() if name not in unused}
     return {**rest, "settings": SparsitySettings(**asked)}
 
 
 def _refuse_structure(option: str) -> None:
     """Raise `InvalidRequestError` if channel groups were asked for as well as single weights."""
-    given = given_options((*STRUCTURE, "importance"))
+    given = given_options((*STRUCTURE, *SCORES))
     if given:
         raise InvalidRequestError(
             f"{', '.join(given)} says which channel groups go; {option} removes single weights, in every layer. Leave "

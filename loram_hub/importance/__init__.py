@@ -14,7 +14,7 @@ A group's score is the sum over its rows of q, k, v, gate, up and its columns of
 count (as in LLM-Pruner). Query heads are credited to the KV head that serves them, h // (heads per KV head);
 LLM-Pruner folds them by h % num_key_value_heads, which credits the wrong one under grouped-query attention.
 
-`taylor` says how the Taylor scores come about with one decoder layer in memory.
+`taylor` says how the Taylor scores come about with one decoder layer in memory, `stored` how scores lie in a file.
 """
 
 from __future__ import annotations
@@ -24,3 +24,6 @@ from loram_hub.importance.methods import VARIANTS as VARIANTS
 from loram_hub.importance.methods import Importance as Importance
 from loram_hub.importance.methods import importance_scores as importance_scores
 from loram_hub.importance.methods import parse_importance as parse_importance
+from loram_hub.importance.stored import StoredScores as StoredScores
+from loram_hub.importance.stored import read_scores as read_scores
+from loram_hub.importance.stored import write_scores as write_scores

@@ -42,6 +42,9 @@ STAGES = ("prune", "refit", "teach", "align", "quantize", "evaluate", "card", "p
 """Names of all stages, in their order."""
 PRUNED = "pruned"
 """Name of the folder of what `prune` makes."""
+IMPORTANCE = "importance.safetensors"
+"""Name of the file with the scores that its plan was made from, if channel groups are removed. For pictures and other
+ratios: no stage reads it, and none is redone for its sake."""
 Facts = Mapping[str, Any]
 
 
@@ -135,17 +138,19 @@ def release_digest(folder: Path) -> str:
 
 def _prune_stage(job: Job) -> Stage:
     recipe, stage, out = job.recipe, job.recipe.prune, job.work.folder / PRUNED
-    begun = work_folder(out)
+    begun, scores = work_folder(out), job.work.folder / IMPORTANCE
 
     def run() -> Facts:
         base = str(job.whole_base().folder)
+        remove(scores)  # of another plan
         calibration = job.materials.calibration if stage.needs_calibration else None
         common: dict[str, Any] = {"calibration": calibration, "seed": recipe.seed, "device": job.device}
         if stage.is_sparse:
             sparsify(base, out, settings=stage.sparsity_settings, overwrite=True, **common)
         else:
             remove(begun)  # of another method, cut off
-            prune(base, out, **asdict(stage.structure), importance=stage.scores, overwrite=True, **common)
+            structure: dict[str, Any] = asdict(stage.structure)
+            prune(base, out, **structure, importance=stage.scores, importance_out=scores, overwrite=True, **common)
         return {}
 
     return Stage(

@@ -3,6 +3,7 @@
 ```
 pruned/ refitted/ teacher/ aligned/ quantized/   outputs of the stages
 aligned-run/                                     checkpoints and log of an alignment
+importance.safetensors                           scores that `pruned/` was planned from
 evaluation.json
 .publish/<stage>.json                            what the output was made of, written when it was complete
 .publish/<stage>.started.json                    what a half-done run is for

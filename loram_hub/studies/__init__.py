@@ -7,13 +7,24 @@ making          releases, each made once
 measuring       held-out losses, peak memory
 running         `run_study`
 records         rows of results.jsonl
+aggregation     means, pairs and shares by setting
+tables          tables; `markdown` and `latex` write them
+claims          what of the paper's claims shows
+figures         pictures
+pages           `write_results`: the page of a study
+indexing        `write_index`: the page of pages, docs/results
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from loram_hub.studies.aggregation import gather as gather
+from loram_hub.studies.claims import judge as judge
 from loram_hub.studies.grid import Cell as Cell
 from loram_hub.studies.grid import cells_of as cells_of
+from loram_hub.studies.indexing import write_index as write_index
+from loram_hub.studies.pages import write_page as write_page
+from loram_hub.studies.pages import write_results as write_results
 from loram_hub.studies.records import Row as Row
 from loram_hub.studies.records import read_rows as read_rows
 from loram_hub.studies.specification import Study as Study

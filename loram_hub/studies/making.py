@@ -123,11 +123,22 @@ class Releases:
         else:
             assert cell.ratio is not None
             importance = "random" if cell.method.method == "rand" else cell.method.importance
-            prune(
-                base, out, pruning_ratio=cell.ratio, importance=importance, seed=cell.seed, device=study.device,
-                keep_first=study.keep_first, keep_last=study.keep_last,
-                calibration=self._calibration(cell.seed) if importance.startswith("taylor") else None,
-            )  # fmt: skip
+            scores = self._scores_of(cell)
+            with FileLock(scores.with_suffix(".lock")):
+                is_scored = scores.exists()
+                needs_texts = importance.startswith("taylor") and not is_scored
+                prune(
+                    base, out, pruning_ratio=cell.ratio, seed=cell.seed, device=study.device,
+                    keep_first=study.keep_first, keep_last=study.keep_last,
+                    importance=f"file:{scores}" if is_scored else importance,
+                    importance_out=None if is_scored else scores,
+                    calibration=self._calibration(cell.seed) if needs_texts else None,
+                )  # fmt: skip
+
+    def _scores_of(self, cell: Cell) -> Path:
+        """Return the file of the scores that all ratios of a method and seed share; equal to scoring anew."""
+        facts = {name: fact for name, fact in self._pruning_of(cell).items() if name != "ratio"}
+        return self._folder / f"scores-{digest_of(facts)}.safetensors"
 
     def _calibration(self, seed: int) -> Any:  # noqa: ANN401 (a tensor, and torch is not imported here)
         calibration = self._materials.study.calibration

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from loram_hub.auto import AutoLoramModel
 from loram_hub.evaluation import EncodedExample, HeldOutLoss, held_out_loss
 from loram_hub.masked_lora import mask_lora_
+from loram_hub.streaming import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,6 +73,7 @@ class PeakMemory:
     def __init__(self, device: str) -> None:
         self._on_cuda = device == "cuda"
         gc.collect()
+        return_freed_memory()  # of an alignment before, say
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats()
             self._is_known = True

@@ -179,7 +179,7 @@ class Study:
     training: TrainingSection = field(default_factory=TrainingSection)
     """Fine-tuning; the same for every cell."""
     shows: tuple[str, ...] = ()
-    """Tables and figures of its page, by name; see `loram_hub.studies.pages`. Left out: all that have data."""
+    """Parts of its page, by name: losses, recovery, ratios, steps, domains, cost. Left out: all that have data."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where models run."""
     dtype: Literal["bfloat16", "float32"] = "float32"
