@@ -59,8 +59,8 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
 ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = {
     "finetuning": ("SealCallback", "latest_checkpoint", "check_finetune"),
     "doctor": ("examine", "fix"),
-    "downstream": ("evaluate_tasks",),
-    "studies": ("run_study", "read_rows"),
+    "downstream": ("preview_tasks",),
+    "studies": ("check_study", "read_study", "read_rows", "gather", "judge", "write_results"),
     "reporting": ("report",),
 }
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from loram_hub.alignment import align as align
     from loram_hub.auto import AutoLoramModel as AutoLoramModel
+    from loram_hub.downstream import evaluate_tasks as evaluate_tasks
     from loram_hub.errors import LoramError as LoramError
     from loram_hub.estimation import MemoryOptions as MemoryOptions
     from loram_hub.evaluation import evaluate as evaluate
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from loram_hub.rescaling import recover_scaled as recover_scaled
     from loram_hub.sparsification import SparsitySettings as SparsitySettings
     from loram_hub.sparsification import sparsify as sparsify
+    from loram_hub.studies import run_study as run_study
     from loram_hub.teaching import teach as teach
     from loram_hub.updates import update_norms as update_norms
 
@@ -48,6 +50,7 @@ _HOME = {
     "count_parameters": "inspection",
     "estimate_memory": "fitting",
     "evaluate": "evaluation",
+    "evaluate_tasks": "downstream",
     "finetune": "finetuning",
     "info": "inspection",
     "mask_lora_": "masked_lora",
@@ -61,6 +64,7 @@ _HOME = {
     "recover_scaled": "rescaling",
     "reduce_memory_": "lowmemory",
     "refit": "refitting",
+    "run_study": "studies",
     "sparsify": "sparsification",
     "teach": "teaching",
     "update_norms": "updates",
@@ -77,6 +81,7 @@ __all__ = [
     "count_parameters",
     "estimate_memory",
     "evaluate",
+    "evaluate_tasks",
     "finetune",
     "info",
     "mask_lora_",
@@ -90,6 +95,7 @@ __all__ = [
     "recover_scaled",
     "reduce_memory_",
     "refit",
+    "run_study",
     "sparsify",
     "teach",
     "update_norms",

@@ -34,6 +34,7 @@ from builders import (
     tiny_config,
 )
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -70,6 +71,27 @@ REPO = "org/Llama-3.1-8B-LoRAM-0.5"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ADAPTER_PARAMETERS = sum(4 * (rows + columns) for rows, columns in projections(Plan(tiny_architecture(), {})).values())
 """Of a recovered adapter for the tiny model, at rank 4."""
+ATTACKS = [
+    "<script>alert(1)</script>",
+    "x\n# Heading\n",
+    "[click](https://evil.example)",
+    "![i](https://evil.example/x.png)",
+    "https://evil.example www.evil.example me@evil.example",
+    "a | b | c\n|---|---|\n",
+    "`` ` ``` ~~~",
+    "---\nlicense: mit\n---",
+    "{{ 7 * 7 }} {% for x in y %}",
+    "\x1b[31mred\x1b[0m\x00\x07",
+    "\u202eevil\u2066\u200b",
+    "$$x$$ \\\\( y \\\\)",
+    "<!-- <img src=x onerror=alert(1)>",
+    "&lt;script&gt; &#60;",
+    "\\",
+    "|",
+    "",
+    "long " * 10_000,
+    "\u2028\u2029\x85",
+]
 NF4 = {"type": "nf4", "block": 64, "double_quant": True, "dtype": "bfloat16"}
 
 
@@ -277,6 +299,127 @@ def test_results_on_a_dataset_of_the_hub_come_in_the_hubs_own_form(release: Rele
     assert (entry.dataset_id, entry.value, entry.source_url) == ("org/held-out", 6.5, f"https://huggingface.co/{REPO}")
     assert _metadata(card)["model-index"][0]["results"][0]["dataset"]["type"] == "org/held-out"
     assert ".eval_results/held_out_loss.yaml" not in _card(release, evaluation=_evaluation(release, pruned=6.5)).files
+
+
+def _tasks(**changes: Any) -> dict[str, Any]:
+    """Scores as `loram eval --tasks` gives them."""
+    score = {"stderr": 0.01, "samples": 100, "is_headline": True}
+    scores = [
+        {"model": model, "task": task, "metric": metric, "filter": taken, "value": value + shift, **score}
+        for model, shift in (("base", 0.0), ("base + recovered adapter", 0.25), ("pruned", -0.125))
+        for task, metric, taken, value in (
+            ("arc_easy", "acc", "none", 0.5),
+            ("gsm8k_cot", "exact_match", "strict-match", 0.25),
+        )
+    ]
+    described = {"num_fewshot": 1, "samples": 100, "documents": 100, "dataset_config": "main", "split": "test"}
+    values = {
+        "scores": scores,
+        "tasks": [
+            {"task": "arc_easy", "dataset": "allenai/ai2_arc", "dataset_revision": COMMIT, **described},
+            {"task": "gsm8k_cot", "dataset": "openai/gsm8k", "dataset_revision": None, **described},
+        ],
+        "models": [{"model": "base + recovered adapter", "parameters": None, "backend": "transformers, merged"}],
+        "provenance": {"parts": [], "settings": {}, "versions": {"lm-eval": "0.4.13"}},
+        "date": "2026-11-23T02:44:00+00:00",
+    }
+    return {"tasks": values | changes}
+
+
+def test_scores_on_tasks_come_as_table_as_model_index_and_in_the_hubs_own_form(adapter: Path) -> None:
+    card = make_card(adapter, repo_id="org/Llama-3.1-8B-tuned", evaluation=_tasks())
+
+    entries = parse_eval_result_entries(yaml.safe_load(card.files[".eval_results/tasks.yaml"]))
+    assert [(entry.dataset_id, entry.task_id, entry.value) for entry in entries] == [
+        ("allenai/ai2_arc", "arc_easy", 0.75), ("openai/gsm8k", "gsm8k_cot", 0.5),
+    ]  # fmt: skip
+    assert entries[0].dataset_revision == COMMIT
+    assert entries[0].date == "2026-11-23T02:44:00+00:00"
+    assert entries[0].notes == (
+        "base + recovered adapter: acc, 1-shot, lm-evaluation-harness 0.4.13, run as transformers, merged"
+    )
+    name, results = model_index_to_eval_results(_metadata(card)["model-index"])
+    assert name == "Llama-3.1-8B-tuned"
+    assert [(result.dataset_type, result.metric_type, result.metric_value) for result in results] == [
+        ("allenai/ai2_arc", "acc", 0.75), ("openai/gsm8k", "exact_match", 0.5),
+    ]  # fmt: skip
+    assert "| `arc_easy` | `acc` | 1 | 100 | 0.5000 ± 0.0100 | 0.3750 ± 0.0100 | 0.7500 ± 0.0100 |" in card.text
+    assert "| `gsm8k_cot` | `exact_match` (`strict-match`) | 1 | 100 | 0.2500 ± 0.0100 | 0.1250 ± 0.0100 |" in card.text
+    both = make_card(adapter, evaluation=_evaluation(base=4.0, base_recovered_adapter=3.25) | _tasks())
+    for made, expected in ((card, 3), (both, 4)):  # how it was trained, losses, tasks, files
+        tokens = MarkdownIt().enable("table").parse(made.text)
+        assert sum(token.type == "table_open" for token in tokens) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"samples": 50}, {"dataset": None}, {"dataset": "a local folder"}, {"dataset": "org/x\nverified: true"}],
+)
+def test_scores_that_nobody_can_compare_stay_in_the_text(adapter: Path, change: dict[str, Any]) -> None:
+    evaluation = _tasks()
+    for task in evaluation["tasks"]["tasks"]:
+        task.update(change)
+
+    card = make_card(adapter, evaluation=evaluation)
+
+    assert "`arc_easy`" in card.text
+    assert ("first 50 of 100" in card.text) == ("samples" in change)
+    assert "model-index" not in _metadata(card)
+    assert not [name for name in card.files if name.startswith(".eval_results")]
+
+
+def test_an_older_cards_task_results_do_not_outlive_it(adapter: Path) -> None:
+    write_card(adapter, make_card(adapter, evaluation=_tasks()))
+    (adapter / ".eval_results" / "mine.yaml").write_text("- mine\n")
+    assert (adapter / ".eval_results" / "tasks.yaml").is_file()
+
+    write_card(adapter, make_card(adapter))
+
+    assert [path.name for path in (adapter / ".eval_results").iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": []}, "no score"),
+        ({"scores": [{"model": "mine"}]}, "where a text is needed"),
+        ({"scores": [{"model": "base", "task": "t", "metric": "m", "filter": "none", "value": "1"}]}, "value"),
+        ({"scores": [{"model": "base", "task": "t", "metric": "m", "filter": "none", "value": 1}] * 2}, "two scores"),
+        ({"tasks": [{"task": "arc_easy", "num_fewshot": -1}]}, "num_fewshot"),
+        ({"models": [{"model": "base", "parameters": 7.5, "backend": "x"}]}, "parameters"),
+        ({"models": None}, "without a list of models"),
+    ],
+)
+def test_malformed_scores_are_refused(adapter: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        make_card(adapter, evaluation=_tasks(**change))
+
+
+def test_scores_of_a_model_of_another_size_are_refused(release: Release) -> None:
+    models = [{"model": "pruned", "parameters": 7, "backend": "transformers"}]
+
+    with pytest.raises(InvalidRequestError, match="'pruned' has 7 parameters; here it has"):
+        _card(release, evaluation=_tasks(models=models))
+
+
+@settings(max_examples=10)
+@given(task=st.sampled_from(ATTACKS), metric=st.sampled_from(ATTACKS), version=st.sampled_from(ATTACKS))
+def test_no_text_of_scores_becomes_markup(
+    tmp_path_factory: pytest.TempPathFactory, task: str, metric: str, version: str
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "scored"
+    if not folder.exists():
+        save_metadata_release(folder, tiny_config(), half_plan(tiny_architecture()), base_id="name")
+    evaluation = _tasks(provenance={"versions": {"lm-eval": version}})
+    evaluation["tasks"]["scores"][0].update({"task": task or "x", "metric": metric or "x"})
+    opened = open_metadata(folder)
+    with patch("loram_hub.cards.releases.kept_groups_picture", return_value=b""):
+        expected, card = _card(opened, evaluation=_tasks()), _card(opened, evaluation=evaluation)
+
+    headings, links, html = _shape(card.text)
+    assert (headings, html) == (_shape(expected.text)[0], 0)
+    assert set(links) <= set(_shape(expected.text)[1])
+    assert _metadata(card)["library_name"] == "loram-hub"
 
 
 @pytest.mark.parametrize(
@@ -828,27 +971,6 @@ def test_texts_that_come_from_elsewhere_count_for_the_notice(release: Release) -
 
 # Strangers' text.
 
-ATTACKS = [
-    "<script>alert(1)</script>",
-    "x\n# Heading\n",
-    "[click](https://evil.example)",
-    "![i](https://evil.example/x.png)",
-    "https://evil.example www.evil.example me@evil.example",
-    "a | b | c\n|---|---|\n",
-    "`` ` ``` ~~~",
-    "---\nlicense: mit\n---",
-    "{{ 7 * 7 }} {% for x in y %}",
-    "\x1b[31mred\x1b[0m\x00\x07",
-    "\u202eevil\u2066\u200b",
-    "$$x$$ \\\\( y \\\\)",
-    "<!-- <img src=x onerror=alert(1)>",
-    "&lt;script&gt; &#60;",
-    "\\",
-    "|",
-    "",
-    "long " * 10_000,
-    "\u2028\u2029\x85",
-]
 HOSTILE = st.one_of(
     st.sampled_from(ATTACKS), st.text(max_size=30), st.lists(st.sampled_from(ATTACKS), max_size=3).map("".join)
 )

@@ -30,9 +30,9 @@ EXPECTED_OPTIONS = {
         "pruning-ratio", "keep-first", "keep-last", "round-to", "sparsity", "pattern", "revision", "token", "json",
     },
     "prune": {
-        "method", "pruning-ratio", "keep-first", "keep-last", "round-to", "importance", "sparsity", "pattern",
-        "calibration", "samples", "tokens", "seed", "quantize", "device", "overwrite", "dry-run", "revision", "token",
-        "json",
+        "method", "pruning-ratio", "keep-first", "keep-last", "round-to", "importance", "importance-out", "sparsity",
+        "pattern", "calibration", "samples", "tokens", "seed", "quantize", "device", "overwrite", "dry-run", "revision",
+        "token", "json",
     },
     "quantize": {"device", "overwrite", "dry-run", "revision", "token", "json"},
     "card": {"repo-id", "license", "evaluation", "dry-run", "json"},
@@ -72,10 +72,15 @@ EXPECTED_OPTIONS = {
     "doctor": {"target", "base", "fix", "overwrite", "revision", "token", "json"},
     "merge": {"allow-base-mismatch", "overwrite", "dry-run", "revision", "token", "json"},
     "eval": {
-        "base", "release", "adapter", "recovered", "max-tokens", "batch-size", "limit", "device",
-        "allow-base-mismatch", "json",
+        "base", "release", "adapter", "recovered", "max-tokens", "protocol", "tasks", "task-folder", "num-fewshot",
+        "as", "run-generated-code", "batch-size", "limit", "device", "o", "out", "dry-run", "allow-base-mismatch",
+        "json",
     },
     "demo": {"model", "work-dir", "pruning-ratio", "steps", "device", "json"},
+    "study": {"work-dir", "o", "out", "profile", "seed", "keep-releases", "token", "dry-run", "json"},
+    "report": {
+        "o", "out", "compare", "importance", "evaluation", "pictures", "title", "overwrite", "dry-run", "token", "json",
+    },
 }  # fmt: skip
 LLAMA_70B = {
     "model_type": "llama",

@@ -24,9 +24,9 @@ from loram_hub.evaluation import (
     EvaluationTable,
     encode_examples,
     evaluate,
-    evaluating,
     held_out_loss,
     losses,
+    opening,
 )
 from loram_hub.pruning import prune
 from loram_hub.recovery import recover
@@ -294,8 +294,8 @@ def test_two_models_are_never_in_memory_at_once(
         return original_pruned(*args, **options)
 
     original_open, original_pruned = AutoModelForCausalLM.from_pretrained, AutoLoramModel.from_pretrained
-    monkeypatch.setattr(evaluating.AutoModelForCausalLM, "from_pretrained", open_base_and_remember)
-    monkeypatch.setattr(evaluating.AutoLoramModel, "from_pretrained", open_pruned_and_look)
+    monkeypatch.setattr(opening.AutoModelForCausalLM, "from_pretrained", open_base_and_remember)
+    monkeypatch.setattr(opening.AutoLoramModel, "from_pretrained", open_pruned_and_look)
     gc.disable()  # what is freed must be freed by evaluate
     try:
         table = evaluate(TASKS, base=base, release=release, adapter=adapter, recovered=recovered)

@@ -23,9 +23,9 @@ from loram_hub.adapter import (
     refuse_pruned,
 )
 from loram_hub.cards.escaping import Markdown, code, hub_link, is_hub_id
-from loram_hub.cards.evaluations import check_adapter_size, read_evaluation
+from loram_hub.cards.evaluations import check_adapter_size, check_identity, read_evaluation
 from loram_hub.cards.folders import Card, notice_files
-from loram_hub.cards.metadata import LORAM_TAG, Described, card_data, eval_results_file
+from loram_hub.cards.metadata import LORAM_TAG, Described, card_data, eval_results_files
 from loram_hub.cards.rendering import render_card
 from loram_hub.cards.wording import (
     check_repo_id,
@@ -35,6 +35,7 @@ from loram_hub.cards.wording import (
     licence_values,
     loss_rows,
     size,
+    task_values,
     title_of,
 )
 from loram_hub.errors import VerificationError
@@ -134,8 +135,9 @@ def adapter_card(
     """
     check_repo_id(repo_id)
     measured = None if evaluation is None else read_evaluation(evaluation, parameters={})
-    if measured is not None:
+    if evaluation is not None and measured is not None:
         check_adapter_size(measured, adapter.parameters)
+        check_identity(evaluation, "recovered", {name: sha256_of(adapter.folder / name) for name in (CONFIG, WEIGHTS)})
     described = Described(
         title=repo_id.rpartition("/")[2] if repo_id else "LoRAM adapter",
         repo_id=repo_id,
@@ -155,10 +157,11 @@ def adapter_card(
         "name": Markdown(repo_id.rpartition("/")[2] if repo_id else "my-adapter"),
         "losses": loss_rows(measured),
         "evaluation": evaluation_line(measured),
+        **task_values(measured),
     }
     return Card(
         text=render_card(TEMPLATE, card_data(described, measured), values),
-        files={**eval_results_file(described, measured), **notice_files(adapter.folder, licence, documents)},
+        files={**eval_results_files(described, measured), **notice_files(adapter.folder, licence, documents)},
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loram_hub.cards.metadata import EVAL_RESULTS
+from loram_hub.cards.metadata import EVAL_RESULTS, TASK_RESULTS
 from loram_hub.cards.pictures import ALIGNMENT_LOSS, KEPT_GROUPS
 from loram_hub.errors import InvalidRequestError
 from loram_hub.files import fsync_folder, resource_errors
@@ -16,7 +16,7 @@ from loram_hub.manifest import MANIFEST, read_manifest
 from loram_hub.release import is_release
 
 README = "README.md"
-GENERATED = (README, KEPT_GROUPS, ALIGNMENT_LOSS, EVAL_RESULTS)
+GENERATED = (README, KEPT_GROUPS, ALIGNMENT_LOSS, EVAL_RESULTS, TASK_RESULTS)
 """Files that belong to a card whatever it says: an older card's are removed where the new one has none."""
 
 

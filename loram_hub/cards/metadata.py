@@ -5,6 +5,7 @@ Only checked values get here (Hub ids, licence ids, numbers), so nothing can bre
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,7 @@ from huggingface_hub.utils import yaml_dump
 
 from loram_hub.cards.escaping import is_hub_id
 from loram_hub.cards.evaluations import Evaluation
+from loram_hub.cards.task_scores import ScoredTask, TaskScores
 from loram_hub.licences import Licence
 
 LORAM_TAG = "loram"
@@ -26,6 +28,11 @@ PAPER_TAG = "arxiv:2502.13533"
 """Goes with `LORAM_TAG`: whatever else a card describes has nothing to do with the paper."""
 EVAL_RESULTS = ".eval_results/held_out_loss.yaml"
 """Where the Hub looks for results on a dataset of its own."""
+TASK_RESULTS = ".eval_results/tasks.yaml"
+"""The same for downstream tasks."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,95}")
+_DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)")
 
 Relation = Literal["adapter", "finetune", "quantized"]
 
@@ -75,8 +82,15 @@ def card_data(described: Described, evaluation: Evaluation | None) -> ModelCardD
 
 
 def _results(described: Described, evaluation: Evaluation | None) -> list[EvalResult]:
-    row = None if evaluation is None else evaluation.row(described.model)
-    if evaluation is None or row is None:
+    if evaluation is None:
+        return []
+    tasks = () if evaluation.tasks is None else evaluation.tasks.tasks
+    return [*_loss_results(described, evaluation), *(_task_result(task, described) for task in _own(tasks, described))]
+
+
+def _loss_results(described: Described, evaluation: Evaluation) -> list[EvalResult]:
+    row = evaluation.row(described.model)
+    if row is None:
         return []
     metrics = {"loss": row.loss} | ({} if row.perplexity is None else {"perplexity": row.perplexity})
     return [
@@ -92,16 +106,86 @@ def _results(described: Described, evaluation: Evaluation | None) -> list[EvalRe
     ]
 
 
-def eval_results_file(described: Described, evaluation: Evaluation | None) -> dict[str, bytes]:
-    """Build the file in `.eval_results/`; nothing if the data is not on the Hub, for the Hub knows results by it."""
-    row = None if evaluation is None else evaluation.row(described.model)
-    if evaluation is None or row is None or evaluation.dataset is None:
-        return {}
-    entry = EvalResultEntry(
-        dataset_id=evaluation.dataset,
-        task_id="held_out_loss",
-        value=row.loss,
-        source_url=None if described.repo_id is None else f"https://huggingface.co/{described.repo_id}",
-        notes=f"{described.model}: mean loss in nats per token over {evaluation.tokens} tokens",
+def _own(tasks: Sequence[ScoredTask], described: Described) -> list[ScoredTask]:
+    """Choose the numbers that tasks are known by, of this repository's model, on all questions of a Hub dataset.
+
+    Part of the questions, and data that nobody else has, are shown in the text: no leaderboard can compare them.
+    """
+    return [
+        task
+        for task in tasks
+        if task.is_headline
+        and task.is_whole
+        and task.dataset is not None
+        and described.model in task.scores
+        and all(_NAME.fullmatch(name) for name in (task.task, task.metric, task.filter))
+    ]
+
+
+def _task_result(task: ScoredTask, described: Described) -> EvalResult:
+    assert task.dataset is not None
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=task.dataset,
+        dataset_name=task.dataset,
+        dataset_config=_plain(task.dataset_config),
+        dataset_split=_plain(task.split),
+        dataset_revision=task.dataset_revision,
+        metric_type=task.metric,
+        metric_name=f"{task.task}, {_how(task)} of {described.model}",
+        metric_value=task.scores[described.model].value,
     )
-    return {EVAL_RESULTS: yaml_dump(eval_result_entries_to_yaml([entry]), sort_keys=False).encode()}
+
+
+def _how(task: ScoredTask) -> str:
+    taken = "" if task.filter == "none" else f" ({task.filter})"
+    return f"{task.metric}{taken}, {task.num_fewshot}-shot"
+
+
+def _plain(text: str | None) -> str | None:
+    """Let a stranger's text into the metadata only if it is a plain name."""
+    return text if text is not None and _NAME.fullmatch(text) else None
+
+
+def eval_results_files(described: Described, evaluation: Evaluation | None) -> dict[str, bytes]:
+    """Build the files in `.eval_results/`, of results on data that are on the Hub, which knows results by them."""
+    if evaluation is None:
+        return {}
+    source = None if described.repo_id is None else f"https://huggingface.co/{described.repo_id}"
+    entries: dict[str, list[EvalResultEntry]] = {}
+    row = evaluation.row(described.model)
+    if row is not None and evaluation.dataset is not None:
+        entries[EVAL_RESULTS] = [
+            EvalResultEntry(
+                dataset_id=evaluation.dataset,
+                task_id="held_out_loss",
+                value=row.loss,
+                source_url=source,
+                notes=f"{described.model}: mean loss in nats per token over {evaluation.tokens} tokens",
+            )
+        ]
+    if evaluation.tasks is not None:
+        entries[TASK_RESULTS] = [
+            _entry(task, evaluation.tasks, described, source) for task in _own(evaluation.tasks.tasks, described)
+        ]
+    return {
+        name: yaml_dump(eval_result_entries_to_yaml(found), sort_keys=False).encode()
+        for name, found in entries.items()
+        if found
+    }
+
+
+def _entry(task: ScoredTask, tasks: TaskScores, described: Described, source: str | None) -> EvalResultEntry:
+    assert task.dataset is not None
+    harness = _plain(tasks.harness) or "of unknown version"
+    backend = tasks.backends.get(described.model, "")
+    ran = f", run as {backend}" if all(map(_NAME.fullmatch, backend.split(", "))) else ""
+    return EvalResultEntry(
+        dataset_id=task.dataset,
+        task_id=task.task,
+        value=task.scores[described.model].value,
+        dataset_revision=task.dataset_revision,
+        date=tasks.date if tasks.date is not None and _DATE.fullmatch(tasks.date) else None,
+        source_url=source,
+        notes=f"{described.model}: {_how(task)}, lm-evaluation-harness {harness}{ran}",
+    )

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loram_hub.cards.escaping import Markdown, code, hub_link, is_hub_id, json_block
-from loram_hub.cards.evaluations import read_evaluation
+from loram_hub.cards.evaluations import check_identity, read_evaluation
 from loram_hub.cards.folders import Card, notice_files
 from loram_hub.cards.history import history_of
-from loram_hub.cards.metadata import LORAM_TAG, Described, Relation, card_data, eval_results_file
+from loram_hub.cards.metadata import LORAM_TAG, Described, Relation, card_data, eval_results_files
 from loram_hub.cards.pictures import (
     ALIGNMENT_LOSS,
     KEPT_GROUPS,
@@ -18,6 +18,7 @@ from loram_hub.cards.pictures import (
     held_out_curves,
     kept_groups_picture,
 )
+from loram_hub.cards.project import NOTEBOOK, project_file
 from loram_hub.cards.rendering import render_card
 from loram_hub.cards.sparse import sparse_facts
 from loram_hub.cards.wording import (
@@ -29,6 +30,7 @@ from loram_hub.cards.wording import (
     licence_values,
     loss_rows,
     size,
+    task_values,
     title_of,
 )
 from loram_hub.estimation import SparseCounts, sparse_counts
@@ -73,6 +75,8 @@ def release_card(
     manifest, counts = release.manifest, _counts(release)
     known = {"base": counts.original_parameters, "pruned": counts.pruned_parameters}
     measured = None if evaluation is None else read_evaluation(evaluation, parameters=known)
+    if evaluation is not None:
+        check_identity(evaluation, "release", {MANIFEST: sha256_of(Path(release.folder) / MANIFEST)})
     curve = alignment_curve(manifest.alignment)
     described = _described(release, repo_id, licence)
     # The masks of a sparse release are equally dense in every matrix: there is nothing to see.
@@ -86,8 +90,10 @@ def release_card(
         **licence_values(licence, _changes(manifest)),
         "title": title_of(repo_id, f"LoRAM release of {manifest.base.id}"),
         "repo": Markdown(repo_id or "path/to/this/folder"),
+        "notebook": project_file(NOTEBOOK),
         "losses": loss_rows(measured),
         "evaluation": evaluation_line(measured),
+        **task_values(measured),
         "has_curve": bool(curve),
         "files": file_rows(_hashes(release)),
         "unlisted": max(0, len(manifest.files) + 1 - MAX_ROWS),
@@ -96,7 +102,7 @@ def release_card(
         text=render_card(TEMPLATE, card_data(described, measured), values),
         files={
             **pictures,
-            **eval_results_file(described, measured),
+            **eval_results_files(described, measured),
             **notice_files(release.folder, licence, documents),
         },
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from loram_hub.cards.escaping import Markdown, code, hub_link, is_hub_id
 from loram_hub.cards.evaluations import MODELS, Evaluation
+from loram_hub.cards.task_scores import Score, ScoredTask, TaskScores
 from loram_hub.errors import InvalidRequestError
 from loram_hub.licences import CHANGES, Licence
 
@@ -38,8 +39,8 @@ def size(nbytes: int) -> Markdown:
 
 
 def loss_rows(evaluation: Evaluation | None) -> list[tuple[Markdown, ...]]:
-    """Return the table of losses, a row for every model whether it was measured or not; empty without evaluation."""
-    if evaluation is None:
+    """Return the table of losses, a row for every model whether it was measured or not; empty without losses."""
+    if evaluation is None or not evaluation.rows:
         return []
     absent = Markdown("not measured")
     rows: list[tuple[Markdown, ...]] = []
@@ -54,11 +55,52 @@ def loss_rows(evaluation: Evaluation | None) -> list[tuple[Markdown, ...]]:
 
 
 def evaluation_line(evaluation: Evaluation | None) -> Markdown | None:
-    """Say what the losses were measured on; None without evaluation."""
-    if evaluation is None:
+    """Say what the losses were measured on; None without losses."""
+    if evaluation is None or not evaluation.rows:
         return None
     data = "held-out data" if evaluation.dataset is None else hub_link(evaluation.dataset, kind="datasets/")
-    return Markdown(f"{count(evaluation.tokens)} tokens of {count(evaluation.examples)} sequences from {data}")
+    how = ", by the protocol of the LoRAM paper (at most 512 tokens)" if evaluation.protocol == "paper" else ""
+    return Markdown(f"{count(evaluation.tokens)} tokens of {count(evaluation.examples)} sequences from {data}{how}")
+
+
+def task_values(evaluation: Evaluation | None) -> dict[str, object]:
+    """Return what the table of tasks shows: `task_rows` (empty without tasks), and `task_models`, `tasks_line`."""
+    tasks = None if evaluation is None else evaluation.tasks
+    if tasks is None:
+        return {"task_rows": [], "task_models": [], "tasks_line": None}
+    models = [model for model in MODELS if any(model in task.scores for task in tasks.tasks)]
+    return {
+        "task_rows": [_task_row(task, models) for task in tasks.tasks[:MAX_ROWS]],
+        "task_models": [Markdown(model) for model in models],
+        "tasks_line": _tasks_line(tasks),
+    }
+
+
+def _task_row(task: ScoredTask, models: Sequence[str]) -> tuple[Markdown, ...]:
+    metric = code(task.metric) if task.filter == "none" else Markdown(f"{code(task.metric)} ({code(task.filter)})")
+    shots = Markdown("-") if task.num_fewshot is None else count(task.num_fewshot)
+    asked = Markdown("-" if task.samples is None else f"{task.samples:,}")
+    if task.samples is not None and not task.is_whole:
+        asked = Markdown(f"first {task.samples:,} of {task.documents or 0:,}")
+    return (code(task.task), metric, shots, asked, *(_score(task.scores.get(model)) for model in models))
+
+
+def _score(score: Score | None) -> Markdown:
+    if score is None:
+        return Markdown("not measured")
+    shown = [_number(number) for number in (score.value, score.stderr) if number is not None]
+    return Markdown(" ± ".join(shown))
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+
+def _tasks_line(tasks: TaskScores) -> Markdown:
+    """Say what measured: the harness, and what ran the base with the adapter."""
+    adapted = tasks.backends.get(MODELS[-1])
+    ran = "" if adapted is None else f"; base and recovered adapter ran as {code(adapted)}"
+    return Markdown(f"lm-evaluation-harness {code(tasks.harness)}, value ± standard error{ran}")
 
 
 def file_rows(hashes: Mapping[str, str]) -> list[tuple[Markdown, Markdown]]:

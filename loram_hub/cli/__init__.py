@@ -10,5 +10,17 @@ name.
 from loram_hub.cli.group import main as main
 
 from loram_hub.cli import publisher, alignment, publishing, estimation, finetuning, consumer  # isort: skip  (in the order of use; importing adds their commands)
+from loram_hub.cli import evaluating, reporting, studying  # isort: skip
 
-__all__ = ["alignment", "consumer", "estimation", "finetuning", "main", "publisher", "publishing"]
+__all__ = [
+    "alignment",
+    "consumer",
+    "estimation",
+    "evaluating",
+    "finetuning",
+    "main",
+    "publisher",
+    "publishing",
+    "reporting",
+    "studying",
+]

@@ -11,7 +11,7 @@ import click
 
 from loram_hub.cli.group import main
 from loram_hub.cli.options import hub_options, json_option, mismatch_option, write_options
-from loram_hub.cli.output import jsonable, print_info, print_result, print_table, size_text, suggest
+from loram_hub.cli.output import jsonable, print_info, print_result, size_text, suggest
 from loram_hub.errors import IncompatibleError
 
 if TYPE_CHECKING:
@@ -205,38 +205,6 @@ def merge(base: str, adapter: str, out: Path, as_json: bool, **options: Any) -> 
         suggest("vllm serve", merged.folder)
 
     print_result(result, as_json, show)
-
-
-@main.command(
-    name="eval",
-    epilog="Example: loram eval held_out.jsonl --base org/model --release R --adapter A --recovered my-adapter",
-)
-@click.argument("data")
-@click.option("--base", help="The original model.")
-@click.option("--release", help="The pruned model.")
-@click.option("--adapter", help="The adapter trained on the release.")
-@click.option("--recovered", help="The recovered adapter, for the base.")
-@click.option("--max-tokens", type=int, default=1024, show_default=True, help="Longest sequence.")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences per forward pass.")
-@click.option("--limit", type=int, help="Read at most this many records.")
-@click.option("--device", help="Where to run, for example cuda. Default: cpu.")
-@mismatch_option
-@json_option
-def evaluate(data: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
-    """Compare test loss and perplexity on DATA: texts or prompt/completion records (file, folder or dataset id)."""
-    from loram_hub import evaluate as evaluate_models
-
-    table = evaluate_models(data, **options)
-    rows = [
-        (
-            row.model,
-            f"{row.loss:.4f}",
-            "-" if row.perplexity is None else f"{row.perplexity:.2f}",
-            f"{row.parameters:,}",
-        )
-        for row in table.rows
-    ]
-    print_result(table.to_dict(), as_json, lambda: print_table(("model", "loss", "perplexity", "parameters"), rows))
 
 
 @main.command(epilog="Example: loram demo --model Qwen/Qwen3-0.6B --steps 100")

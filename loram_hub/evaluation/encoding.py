@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from loram_hub.errors import InvalidRequestError
 from loram_hub.texts import Example
@@ -29,7 +29,11 @@ class EncodedExample:
 
 
 def encode_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 1024
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int = 1024,
+    cut: Literal["start of prompt", "end"] = "start of prompt",
 ) -> tuple[list[EncodedExample], int]:
     """Turn examples into token ids with the tokens that count marked.
 
@@ -41,6 +45,8 @@ def encode_examples(
         examples: tasks and texts.
         tokenizer: of the models to be compared.
         max_tokens: longest sequence, at least 2.
+        cut: what a task that is longer loses. One that loses its `end` may have no token left to score, and is then
+            left out; a plain text is split instead.
 
     Returns:
         The sequences, and how many examples were longer than `max_tokens`.
@@ -54,8 +60,10 @@ def encode_examples(
     encoded: list[EncodedExample] = []
     cut_examples = 0
     for example in examples:
-        encode = _encode_task if example.prompt else _encode_text
-        sequences, is_cut = encode(example, tokenizer, opening, max_tokens)
+        if example.prompt:
+            sequences, is_cut = _encode_task(example, tokenizer, opening, max_tokens, keep_start=cut == "end")
+        else:
+            sequences, is_cut = _encode_text(example, tokenizer, opening, max_tokens)
         encoded += [sequence for sequence in sequences if sequence.scored_tokens > 0]
         cut_examples += is_cut
     if not encoded:
@@ -64,7 +72,7 @@ def encode_examples(
 
 
 def _encode_task(
-    example: Example, tokenizer: PreTrainedTokenizerBase, opening: int, max_tokens: int
+    example: Example, tokenizer: PreTrainedTokenizerBase, opening: int, max_tokens: int, *, keep_start: bool
 ) -> tuple[list[EncodedExample], bool]:
     prompt = tokenizer(example.prompt)["input_ids"]
     ids = tokenizer(example.prompt + example.completion)["input_ids"]
@@ -72,7 +80,7 @@ def _encode_task(
         ids = [*ids, tokenizer.eos_token_id]
     scored_from = _common_prefix(prompt, ids)
     excess = max(0, len(ids) - max_tokens)
-    dropped = min(excess, scored_from - opening)
+    dropped = 0 if keep_start else min(excess, scored_from - opening)
     ids = (ids[:opening] + ids[opening + dropped :])[:max_tokens]
     return [EncodedExample(tuple(ids), max(1, scored_from - dropped))], excess > 0
 

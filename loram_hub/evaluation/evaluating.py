@@ -7,32 +7,40 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loram_hub.adapter import MASKED_FIELD, RECORD, check_base, pinned_revision
-from loram_hub.auto import AutoLoramModel, supported_dtype
-from loram_hub.errors import InvalidRequestError, MissingDependencyError
+from loram_hub.errors import InvalidRequestError
 from loram_hub.evaluation.encoding import EncodedExample, encode_examples
 from loram_hub.evaluation.losses import held_out_loss
-from loram_hub.files import read_json
-from loram_hub.hub import ADAPTER_FILES, resolve
-from loram_hub.release import Release
-from loram_hub.texts import Specification, dataset_id, read_examples
+from loram_hub.evaluation.opening import (
+    MODELS,
+    find_subjects,
+    open_base,
+    open_pruned,
+    open_tokenizer,
+    placement,
+    removed_weights,
+    with_adapter,
+)
+from loram_hub.evaluation.protocols import protocol_named, read_by_protocol
+from loram_hub.evaluation.provenance import Provenance, provenance_of
+from loram_hub.files import sha256_of
+from loram_hub.hub import Source
+from loram_hub.texts import Example, Specification, dataset_id, read_examples
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-MODELS = ("base", "pruned", "pruned + adapter", "base + recovered adapter")
-"""Names of the rows, in their order."""
+_MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +75,10 @@ class EvaluationTable:
     """Examples that were longer than `max_tokens`: tasks lost the start of their prompt, texts were split."""
     dataset: str | None = None
     """Hub id of the data; None if they are not from there."""
+    protocol: Mapping[str, Any] | None = None
+    """Protocol that was followed, and what it read; None: the data as they are."""
+    provenance: Provenance | None = None
+    """What was measured and with what; None where it was not asked for."""
 
     def loss_of(self, model: str) -> float | None:
         """Return the loss of a row by its name; None if it was not evaluated."""
@@ -74,7 +86,10 @@ class EvaluationTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+        values = {"rows": [asdict(row) for row in self.rows], "examples": self.examples, "tokens": self.tokens}
+        values |= {"cut_examples": self.cut_examples, "dataset": self.dataset}
+        values |= {} if self.protocol is None else {"protocol": dict(self.protocol)}
+        return values | ({} if self.provenance is None else {"provenance": self.provenance.to_dict()})
 
 
 def evaluate(
@@ -84,12 +99,14 @@ def evaluate(
     release: str | os.PathLike[str] | None = None,
     adapter: str | os.PathLike[str] | None = None,
     recovered: str | os.PathLike[str] | None = None,
-    max_tokens: int = 1024,
+    max_tokens: int | None = None,
     batch_size: int = 8,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     limit: int | None = None,
     allow_base_mismatch: bool = False,
+    protocol: str | None = None,
+    identify: bool = False,
 ) -> EvaluationTable:
     """Compare base, pruned, pruned + adapter, and base + recovered adapter on held-out data; name those that you have.
 
@@ -99,18 +116,23 @@ def evaluate(
         release: the pruned model, folder or Hub id.
         adapter: the adapter trained on the release; masked, as it was trained, if its record says so.
         recovered: the recovered adapter, for the base.
-        max_tokens: longer texts are split, longer tasks lose the start of their prompt.
+        max_tokens: longer texts are split, longer tasks lose the start of their prompt; None for 1,024.
         batch_size: sequences per forward pass at most; the result does not depend on it.
         device: where the models run; None for the CPU, `auto` to spread each over all GPUs.
         dtype: that the models compute in; None for the best the device has in hardware.
         limit: read at most this many records of the data.
         allow_base_mismatch: take another state of the base than the one that the recovered adapter was made for.
+        protocol: follow one of `loram_hub.evaluation.PROTOCOLS`, which fixes how much is read, in which layout, and
+            how it is cut; `paper` is LoRAM's.
+        identify: also record what was measured, so that it can be repeated: commits and hashes (for a local base its
+            weights are read once more), settings, versions.
 
     Returns:
         One row per model.
 
     Raises:
-        InvalidRequestError: no model, an adapter without its model, or no data.
+        InvalidRequestError: no model, an adapter without its model, no data, or a protocol together with a limit or
+            length of your own.
         IncompatibleError: the base is not at the commit that the recovered adapter names.
         MissingDependencyError: an adapter is given and peft is not installed.
 
@@ -118,103 +140,78 @@ def evaluate(
         >>> from loram_hub import evaluate  # doctest: +SKIP
         >>> evaluate("held_out.jsonl", base="org/model", recovered="out/recovered").to_dict()  # doctest: +SKIP
     """
-    _check_models(base=base, release=release, adapter=adapter, recovered=recovered)
     if batch_size < 1:
         raise InvalidRequestError(f"batch_size is {batch_size}; at least 1 sequence is needed.")
-    placement: str | dict[str, int | str] = "auto" if device == "auto" else {"": device or "cpu"}
-    chosen = dtype or supported_dtype(_kind_of_device(device))
-    recovered_folder = None if recovered is None else resolve(recovered, files=ADAPTER_FILES).folder
-    base_folder = None if base is None else str(_resolve_base(base, recovered_folder, allow_base_mismatch))
-    release_folder = None if release is None else str(resolve(release).folder)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base_folder or release_folder)
-    encoded, cut_examples = encode_examples(read_examples(data, limit=limit), tokenizer, max_tokens=max_tokens)
-
-    def load_base() -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            base_folder or "", dtype=chosen, device_map=placement
-        )
-        return model
-
-    def load_pruned() -> PreTrainedModel:
-        return AutoLoramModel.from_pretrained(release_folder or "", device_map=placement, dtype=chosen)
-
+    subjects = find_subjects(
+        base=base, release=release, adapter=adapter, recovered=recovered, allow_base_mismatch=allow_base_mismatch
+    )
+    where = placement(device, dtype)
+    read = _read(data, protocol, max_tokens=max_tokens, limit=limit)
+    encoded, cut_examples = encode_examples(
+        read.examples,
+        open_tokenizer(subjects),
+        max_tokens=read.max_tokens,
+        cut="start of prompt" if protocol is None else "end",
+    )
+    settings = {
+        **_data_settings(data),
+        "max_tokens": read.max_tokens, "limit": limit, "batch_size": batch_size, "device": device or "cpu",
+        "dtype": str(where.dtype).removeprefix("torch."),
+    }  # fmt: skip
     rows: list[EvaluationRow] = []
-    if base_folder is not None:
-        rows += _rows(load_base, recovered_folder, ("base", "base + recovered adapter"), encoded, batch_size)
-    if release_folder is not None:
-        rows += _rows(load_pruned, adapter, ("pruned", "pruned + adapter"), encoded, batch_size)
+    if subjects.base is not None:
+        load = partial(open_base, subjects.base.folder, where)
+        rows += _rows(load, subjects.recovered, ("base", "base + recovered adapter"), encoded, batch_size)
+    if subjects.release is not None:
+        load = partial(open_pruned, subjects.release.folder, where)
+        rows += _rows(load, subjects.adapter, ("pruned", "pruned + adapter"), encoded, batch_size)
     return EvaluationTable(
         rows=tuple(sorted(rows, key=lambda row: MODELS.index(row.model))),
         examples=len(encoded),
         tokens=sum(example.scored_tokens for example in encoded),
         cut_examples=cut_examples,
         dataset=dataset_id(data),
+        protocol=read.protocol,
+        provenance=provenance_of(subjects, settings) if identify else None,
     )
 
 
-def _kind_of_device(device: str | None) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return (device or "cpu").partition(":")[0]
+def _data_settings(data: Specification) -> dict[str, str]:
+    """Name the data: a Hub id as it was given, a file by its name and hash; a list or folder has neither."""
+    if not isinstance(data, str | os.PathLike):
+        return {}
+    path = Path(data).expanduser()
+    if not path.exists():
+        return {"data": str(data)}
+    return {"data": path.name} | ({"data_sha256": sha256_of(path)} if path.is_file() else {})
 
 
-def _check_models(
-    *,
-    base: str | os.PathLike[str] | None,
-    release: str | os.PathLike[str] | None,
-    adapter: str | os.PathLike[str] | None,
-    recovered: str | os.PathLike[str] | None,
-) -> None:
-    if base is None and release is None:
-        raise InvalidRequestError("There is no model to evaluate: name a base model, a release, or both.")
-    if adapter is not None and release is None:
-        raise InvalidRequestError("An adapter that was trained on a release needs that release: name it, too.")
-    if recovered is not None and base is None:
-        raise InvalidRequestError("A recovered adapter needs the base model: name it, too.")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Read:
+    """Examples, and how long their sequences may be."""
+
+    examples: list[Example]
+    max_tokens: int
+    protocol: Mapping[str, Any] | None
 
 
-def _resolve_base(base: str | os.PathLike[str], recovered: Path | None, allow_mismatch: bool) -> Path:
-    """Return the base's folder, at the commit that the recovered adapter names if there is one."""
-    source = resolve(base, revision=None if recovered is None else pinned_revision(recovered, base))
-    if recovered is not None and not allow_mismatch:
-        check_base(recovered, source.folder, commit=source.commit)
-    return source.folder
-
-
-def _with_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> nn.Module:
-    try:
-        from peft import PeftModel
-    except ImportError as err:
-        raise MissingDependencyError("Evaluating an adapter needs peft: pip install peft") from err
-    folder = resolve(adapter, files=ADAPTER_FILES).folder
-    tuned = PeftModel.from_pretrained(model, str(folder))
-    if _was_masked(folder, model):
-        from loram_hub.masked_lora import mask_lora_
-
-        mask_lora_(tuned)  # on the release it is the masked update that was trained
-    return tuned
-
-
-def _was_masked(adapter: Path, model: nn.Module) -> bool:
-    """Whether an adapter's record says that it was trained masked; that of a recovered one does not count here."""
-    if (adapter / RECORD).is_file():
-        return read_json(adapter / RECORD).get(MASKED_FIELD) is True
-    if _removed_weights(model):
-        logger.warning("%s has no %s that says how it was trained, so it is not masked", adapter, RECORD)
-    return False
-
-
-def _removed_weights(model: nn.Module) -> int:
-    """Weights that are zero in a sparse release; 0 of any other model."""
-    release = getattr(model, "loram", None)
-    if not isinstance(release, Release) or not release.is_sparse:
-        return 0
-    return release.manifest.base.parameters - release.manifest.parameters
+def _read(data: Specification, protocol: str | None, *, max_tokens: int | None, limit: int | None) -> _Read:
+    if protocol is None:
+        examples = read_examples(data, limit=limit)
+        return _Read(examples=examples, max_tokens=_MAX_TOKENS if max_tokens is None else max_tokens, protocol=None)
+    followed = protocol_named(protocol)
+    if max_tokens is not None or limit is not None:
+        raise InvalidRequestError(
+            f"The protocol {protocol!r} itself says how much is read: {followed.records:,} records, "
+            f"{followed.max_tokens} tokens. Leave out max_tokens and limit, or the protocol."
+        )
+    found = read_by_protocol(data, followed)
+    return _Read(examples=found.examples, max_tokens=followed.max_tokens, protocol=found.origin)
 
 
 def _rows(
     load: Callable[[], PreTrainedModel],
-    adapter: str | os.PathLike[str] | None,
+    adapter: Source | None,
     names: tuple[str, str],
     encoded: Sequence[EncodedExample],
     batch_size: int,
@@ -222,10 +219,10 @@ def _rows(
     """Measure a model without and with an adapter; nothing of it stays in memory afterwards."""
     gc.collect()  # a model wrapped by PEFT refers to itself, so the last one may still be there
     model = load()
-    removed = _removed_weights(model)
+    removed = removed_weights(model)
     rows = [_row(names[0], model, encoded, batch_size, removed)]
     if adapter is not None:
-        rows.append(_row(names[1], _with_adapter(model, adapter), encoded, batch_size, removed))
+        rows.append(_row(names[1], with_adapter(model, adapter.folder), encoded, batch_size, removed))
     return rows
 
 
@@ -240,10 +237,20 @@ def _row(
         model=name,
         loss=measured.loss,
         perplexity=measured.perplexity if math.isfinite(measured.perplexity) else None,
-        parameters=sum(math.prod(_shape(parameter)) for parameter in model.parameters()) - removed,
+        parameters=stored_parameters(model, removed=removed),
         memory_bytes=memory_bytes(model),
         seconds=seconds,
     )
+
+
+def stored_parameters(model: nn.Module, *, removed: int = 0) -> int:
+    """Count the parameters of a loaded model, those packed as NF4 by their shapes.
+
+    Args:
+        model: with or without adapter.
+        removed: weights that are zero in a sparse release, from `removed_weights` of the model without adapter.
+    """
+    return sum(math.prod(_shape(parameter)) for parameter in model.parameters()) - removed
 
 
 def memory_bytes(model: nn.Module) -> int:
