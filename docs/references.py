@@ -61,7 +61,6 @@ ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = {
     "doctor": ("examine", "fix"),
     "downstream": ("preview_tasks",),
     "studies": ("check_study", "read_study", "read_rows", "gather", "judge", "write_results"),
-    "reporting": ("report",),
 }
 
 

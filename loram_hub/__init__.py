@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loram_hub.quantization import quantize as quantize
     from loram_hub.recovery import recover as recover
     from loram_hub.refitting import refit as refit
+    from loram_hub.reporting import report as report
     from loram_hub.rescaling import recover_scaled as recover_scaled
     from loram_hub.sparsification import SparsitySettings as SparsitySettings
     from loram_hub.sparsification import sparsify as sparsify
@@ -64,6 +65,7 @@ _HOME = {
     "recover_scaled": "rescaling",
     "reduce_memory_": "lowmemory",
     "refit": "refitting",
+    "report": "reporting",
     "run_study": "studies",
     "sparsify": "sparsification",
     "teach": "teaching",
@@ -95,6 +97,7 @@ __all__ = [
     "recover_scaled",
     "reduce_memory_",
     "refit",
+    "report",
     "run_study",
     "sparsify",
     "teach",
