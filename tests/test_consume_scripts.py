@@ -1,4 +1,7 @@
-"""Everything in consume/ runs as it stands, on a tiny model. tests/serving runs `serve_vllm.py` with a real vLLM."""
+"""Scripts and recipes of consume/ run as they stand, on a tiny model; test_notebooks.py runs the notebook.
+
+tests/serving runs `serve_vllm.py` with a real vLLM.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,14 @@ import re
 import runpy
 import shlex
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 from killed import bytes_of
 from tiny_finetuning import save_tiny_release
 
 from loram_hub.adapter import check_adapter
-from loram_hub.finetuning import FinetuneRecipe, finetune, latest_checkpoint
+from loram_hub.finetuning import FinetuneRecipe, finetune
 from loram_hub.recipes import read_file
 
 CONSUME = Path(__file__).parents[1] / "consume"
@@ -43,20 +44,6 @@ def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str | Path) ->
     """Run a script as `python SCRIPT ARGUMENTS` does, but for the imports, which are here already."""
     monkeypatch.setattr("sys.argv", [script, *map(str, arguments)])
     runpy.run_path(str(CONSUME / script), run_name="__main__")
-
-
-def run_notebook(parameters: Mapping[str, Any]) -> None:
-    """Run the code cells of the notebook in their order, with other parameters."""
-    cells = json.loads((CONSUME / NOTEBOOK).read_text())["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    assert len(code) >= 4
-    assert "parameters" in code[0]["metadata"]["tags"]
-    scope: dict[str, Any] = {}
-    exec("".join(code[0]["source"]), scope)
-    assert parameters.keys() <= scope.keys()
-    scope |= parameters
-    for number, cell in enumerate(code[1:], start=1):
-        exec(compile("".join(cell["source"]), f"{NOTEBOOK}, code cell {number}", "exec"), scope)
 
 
 def test_the_list_of_what_is_tested_here_is_complete() -> None:
@@ -93,33 +80,6 @@ def test_the_scripts_train_recover_and_give_the_command_that_serves(
     assert "tuned=again" in words
     with pytest.raises(SystemExit, match="does not fit the original one"):
         run(monkeypatch, "serve_vllm.py", here / "by-script-checkpoints" / "checkpoint-2", "--dry-run")
-
-
-def test_the_notebook_trains_seals_recovers_and_goes_on_where_it_was(
-    release: Path, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    parameters = {
-        "RELEASE": str(release), "STEPS": 4, "BATCH": 2, "ACCUMULATION": 1, "TOKENS": 16, "SAVE_EVERY": 2,
-    }  # fmt: skip
-
-    run_notebook(parameters)
-    first = bytes_of(here / "my-task" / "recovered")
-    run_notebook(parameters)  # all is done: it trains no more
-
-    assert "vllm serve release-base --enable-lora --max-lora-rank 8" in capsys.readouterr().out
-    assert bytes_of(here / "my-task" / "recovered") == first == bytes_of(here / "my-task" / "checkpoints/recovered-4")
-    last = latest_checkpoint(here / "my-task" / "checkpoints")
-    assert last is not None
-    assert (last.step, last.has_stopped) == (4, True)
-
-
-def test_the_notebook_holds_no_output_of_anybody() -> None:
-    notebook = json.loads((CONSUME / NOTEBOOK).read_text())
-    assert notebook["nbformat"] == 4
-    for cell in notebook["cells"]:
-        assert cell["cell_type"] in ("code", "markdown")
-        assert cell.get("outputs", []) == []
-        assert cell.get("execution_count") is None
 
 
 @pytest.mark.parametrize("size", ["16gb", "20gb", "24gb"])

@@ -63,7 +63,7 @@ def recipe_of(name: str) -> Recipe:
 def test_these_are_all_recipes_and_scripts() -> None:
     assert RECIPES
     assert sorted(path.name for path in PUBLISH.iterdir()) == sorted(
-        ["README.md", *(f"{name}.yaml" for name in RECIPES), *SCRIPTS]
+        ["README.md", "publish.ipynb", *(f"{name}.yaml" for name in RECIPES), *SCRIPTS]
     )
 
 

@@ -100,7 +100,7 @@ def _draw_bars(axes: Axes, fit: Fit, bars: list[tuple[str, int, str]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     for colour, what in ((_STANDING, "all the time"), (_STEP, "at the highest moment"), (_RESERVED, "set aside")):
         axes.barh(0, 0, color=colour, label=what)
-    axes.legend(loc="lower left", bbox_to_anchor=(0.01, 0.12), fontsize=8, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8, frameon=False)
 
 
 def _write(axes: Axes, end: float, row: int, text: str, weight: str) -> None:
