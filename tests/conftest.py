@@ -134,7 +134,8 @@ def pytest_collection_finish() -> None:
 _LONGEST = (
     "test_pipeline_kills.py", "test_sparse_real_model.py", "test_benchmarks.py", "test_finetuning.py",
     "trust/test_kills.py", "test_demo.py", "alignment/test_ranks.py", "trust/test_faults.py", "test_recipes.py",
-    "test_finetune_kills.py", "test_pipeline.py",
+    "test_docs_snippets.py", "test_study_results.py", "test_finetune_kills.py", "test_pipeline.py", "test_studies.py",
+    "test_notebooks.py",
 )  # fmt: skip
 """Files that take longest. They come first: at the end, one of them would keep all other processes waiting."""
 

@@ -77,7 +77,7 @@ EXPECTED_OPTIONS = {
         "json",
     },
     "demo": {"model", "work-dir", "pruning-ratio", "steps", "device", "json"},
-    "study": {"work-dir", "o", "out", "profile", "seed", "keep-releases", "token", "dry-run", "json"},
+    "study": {"work-dir", "o", "out", "profile", "seed", "only", "keep-releases", "token", "dry-run", "json"},
     "report": {
         "o", "out", "compare", "importance", "evaluation", "pictures", "title", "overwrite", "dry-run", "token", "json",
     },

@@ -212,6 +212,17 @@ def test_releases_that_no_cell_needs_any_more_are_deleted_and_results_stay(folde
     assert run_study(study, tmp_path).made == 0
 
 
+def test_cells_can_be_named_so_that_several_machines_share_a_study(
+    result: StudyResult, folder: Path, work: Path, tmp_path: Path
+) -> None:
+    study = tiny_study(folder, seeds=[3, 4])
+    assert check_study(study, work, only="WHOLE layers").missing == ("LoRA on the whole layers, pairs, seed 4",)
+    assert len(check_study(study, work, only="seed 4").missing) == 4
+    assert run_study(study, work, only="base untouched").made == 0
+    with pytest.raises(InvalidRequestError, match=r"stru 0\.9.*Stru 0\.5, 2 alignment steps"):
+        run_study(study, tmp_path, only="stru 0.9")
+
+
 def _is_pruned(release: Path) -> bool:
     return json.loads((release / "loram.json").read_text())["pruning"]["pruning_ratio"] > 0
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write page, tables and figures to this folder.")
 @click.option("--profile", help="Take this profile of the study, as in --profile quick.")
 @click.option("--seed", "seeds", type=int, multiple=True, help="Run this seed alone; may be given again. Default: all.")
+@click.option(
+    "--only", help="Run the cells with this text in their labels alone, as in --only 'stru 0.7'; see --dry-run."
+)
 @click.option("--keep-releases", is_flag=True, help="Keep releases that no unfinished cell needs; they are large.")
 @click.option("--token", help="Hub token; by default HF_TOKEN, or the one you are logged in with.")
 @click.option("--dry-run", is_flag=True, help="Say which cells would be run, without running them.")
@@ -51,7 +54,7 @@ def study(
     elif dry_run:
         from loram_hub.studies import check_study
 
-        given = {name: options[name] for name in ("seeds", "token")}
+        given = {name: options[name] for name in ("seeds", "only", "token")}
         preview = check_study(chosen, work_dir, **given | {"seeds": given["seeds"] or None})
         print_result(_preview(preview), as_json, lambda: _print_preview(preview))
     else:

@@ -76,6 +76,7 @@ def run_study(
     *,
     profile: str | None = None,
     seeds: Sequence[int] | None = None,
+    only: str | None = None,
     keep_releases: bool = False,
     token: str | bool | None = None,
 ) -> StudyResult:
@@ -90,6 +91,7 @@ def run_study(
         work_dir: folder for results and all that is made on the way.
         profile: name of a profile of the file.
         seeds: those to run; None for all of the study.
+        only: run the cells whose label contains this text; None for all. `check_study` returns the labels.
         keep_releases: keep releases that no unfinished cell of the study needs; they are large.
         token: of the Hub.
 
@@ -97,10 +99,10 @@ def run_study(
         The rows of all finished cells, which `results.jsonl` has as well.
 
     Raises:
-        InvalidRequestError: the study cannot be, or has no such seed.
+        InvalidRequestError: the study cannot be, or has no such seed or cell.
         LoramError: what pruning, alignment, fine-tuning and the Hub raise.
     """
-    return _Run(*_opened(study, work_dir, profile, seeds, token)).do(keep_releases)
+    return _Run(*_opened(study, work_dir, profile, token), seeds, only).do(keep_releases)
 
 
 def check_study(
@@ -109,13 +111,14 @@ def check_study(
     *,
     profile: str | None = None,
     seeds: Sequence[int] | None = None,
+    only: str | None = None,
     token: str | bool | None = None,
 ) -> StudyPreview:
     """Say which cells `run_study` would run; data that the study asks to be made are written, nothing else.
 
     Arguments and errors are those of `run_study`.
     """
-    run = _Run(*_opened(study, work_dir, profile, seeds, token))
+    run = _Run(*_opened(study, work_dir, profile, token), seeds, only)
     finished = {cell for cell in run.cells if run.place_of(cell).exists()}
     return StudyPreview(
         study=run.study,
@@ -129,45 +132,58 @@ def _opened(
     study: Study | str | os.PathLike[str],
     work_dir: str | os.PathLike[str],
     profile: str | None,
-    seeds: Sequence[int] | None,
     token: str | bool | None,
-) -> tuple[Materials, Path, Sequence[int] | None]:
+) -> tuple[Materials, Path]:
     chosen = study if isinstance(study, Study) else read_study(study, profile=profile)
-    unknown = set(seeds or ()) - set(chosen.seeds)
-    if unknown:
-        raise InvalidRequestError(f"The study has seeds {list(chosen.seeds)}; {sorted(unknown)} are none of them.")
     folder = Path(work_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    return find_materials(chosen, folder / "data", token=token), folder, seeds
+    return find_materials(chosen, folder / "data", token=token), folder
+
+
+def _chosen_cells(study: Study, seeds: Sequence[int] | None, only: str | None) -> list[Cell]:
+    unknown = set(seeds or ()) - set(study.seeds)
+    if unknown:
+        raise InvalidRequestError(f"The study has seeds {list(study.seeds)}; {sorted(unknown)} are none of them.")
+    cells = cells_of(study, seeds)
+    chosen = [cell for cell in cells if only is None or only.lower() in cell.label.lower()]
+    if not chosen:
+        raise InvalidRequestError(f"No cell has {only!r:.80} in its label, as {cells[-1].label!r} has. See --dry-run.")
+    return chosen
 
 
 class _Run:
     """One call of `run_study`."""
 
-    def __init__(self, materials: Materials, folder: Path, seeds: Sequence[int] | None) -> None:
+    def __init__(self, materials: Materials, folder: Path, seeds: Sequence[int] | None, only: str | None) -> None:
         self.materials, self.study, self.folder = materials, materials.study, folder
-        self.cells = cells_of(self.study, seeds)
+        self.cells = _chosen_cells(self.study, seeds, only)
         self._releases = Releases(materials, folder / "releases")
         self._dtype: torch.dtype = getattr(torch, self.study.dtype)
         self._sets_made: Sets | None = None
 
     def do(self, keep_releases: bool) -> StudyResult:
-        made = 0
+        took: list[float] = []
         for number, cell in enumerate(self.cells, start=1):
             place = self.place_of(cell)
             place.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(place.with_suffix(".lock")):
                 if place.exists():
                     continue
-                logger.info("cell %d of %d: %s", number, len(self.cells), cell.label)
+                self._announce(number, took)
                 started = time.perf_counter()
                 record = self._fill(cell)
-                _save(place, record | {"seconds": round(time.perf_counter() - started, 1)})
-            made += 1
+                took.append(time.perf_counter() - started)
+                _save(place, record | {"seconds": round(took[-1], 1)})
             self.collect()
             if not keep_releases:
                 self._remove_unneeded()
-        return self._result(made)
+        return self._result(len(took))
+
+    def _announce(self, number: int, took: Sequence[float]) -> None:
+        """Say which cell is next and, once one was run, how long the rest will take at that pace."""
+        rest = [cell for cell in self.cells[number - 1 :] if not self.place_of(cell).exists()]
+        pace = f", about {sum(took) / len(took) * len(rest) / 60:.0f} min left" if took else ""
+        logger.info("cell %d of %d: %s%s", number, len(self.cells), self.cells[number - 1].label, pace)
 
     def place_of(self, cell: Cell) -> Path:
         """Return the file of a cell's record."""
