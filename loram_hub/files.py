@@ -127,6 +127,28 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `write_bytes` does, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file that appears whole or not at all, in place of one that is there, and outlasts a power cut.
+
+    Raises:
+        ResourceError: the disk is full, or the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with resource_errors(f"Writing {path}"):
+        try:
+            partial.write_bytes(content)
+            fsync_file(partial)
+            partial.replace(path)
+            fsync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def resource_errors(action: str) -> Iterator[None]:
     """Turn 'no space left', 'quota', 'read-only' and the like into a `ResourceError` that names the action."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from killed import run_killed
 from peft import PeftModel
 from pipeline_materials import save_texts, save_tiny_base, some_texts
@@ -18,10 +21,13 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loram_hub.demo.arithmetic import arithmetic_examples
-from loram_hub.errors import InvalidRequestError, VerificationError
+from loram_hub.errors import InvalidRequestError, TrainingError, VerificationError
+from loram_hub.evaluation import HeldOutLoss
+from loram_hub.finetuning import finetune
 from loram_hub.recipes import section_from
-from loram_hub.studies import Row, Study, cells_of, check_study, read_rows, read_study, ready_studies
+from loram_hub.studies import Row, Study, cells_of, check_study, filling, making, read_rows, read_study, ready_studies
 from loram_hub.studies.running import StudyResult, run_study
+from loram_hub.studies.workers import Workers
 
 TIMES = {"making_seconds", "tuning_seconds", "peak_memory_bytes"}
 
@@ -331,3 +337,119 @@ def test_arithmetic_problems_are_right_and_held_out_ones_are_about_other_things(
     assert {"shells", "tickets"} <= words[1]
     assert not {"shells", "tickets"} & words[0]
     assert arithmetic_examples(300, 100) == (train, held_out)
+
+
+def test_the_base_is_known_by_its_config_and_tokenizer_too(folder: Path, tmp_path: Path, result: StudyResult) -> None:
+    shutil.copytree(folder / "base", tmp_path / "base")
+    study = tiny_study(folder, base=str(tmp_path / "base"))
+    assert check_study(study, result.folder).missing == ()
+    for name, old, new in (
+        ("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'),
+        ("chat.jinja", "", "{{ x }}"),
+    ):
+        file = tmp_path / "base" / name
+        text = file.read_text() if file.exists() else ""
+        assert old in text
+        file.write_text(text.replace(old, new) if old else new)
+        assert check_study(study, result.folder).finished == (), name
+        file.write_text(text) if text else file.unlink()
+
+
+def test_a_file_that_changes_while_the_study_runs_stops_it_and_leaves_no_cell(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text((folder / "held_out.jsonl").read_text())
+    study = tiny_study(folder, held_out=[{"name": "pairs", "source": str(held_out), "of": "pairs", "max_tokens": 32}])
+
+    def finetune_and_edit(*args: Any) -> Any:
+        held_out.write_text(held_out.read_text().replace("w4", "w5"))
+        return finetune(*args)
+
+    monkeypatch.setattr(filling, "finetune", finetune_and_edit)
+    with pytest.raises(VerificationError, match=r"held_out\.jsonl was changed"):
+        run_study(study, tmp_path / "work", only="plain LoRA")
+    assert not list((tmp_path / "work" / "cells").glob("*.json"))
+
+
+def test_times_of_a_run_that_went_on_are_unknown(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = tiny_study(folder, alignment={"steps": [0]}, methods=[{"method": "rand", "ratios": [0.5]}])
+    with monkeypatch.context() as patched:
+        patched.setattr(filling, "pruned_losses", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(study, tmp_path, only="rand 0.5")
+    for note in (tmp_path / "releases").glob("prune-*.json"):
+        note.write_text("torn")
+    row = next(row for row in run_study(study, tmp_path, only="rand 0.5").rows if row.kind == "loram")
+    assert (row.making_seconds, row.tuning_seconds, row.peak_memory_bytes) == (None, None, None)
+
+
+def _interrupt(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_kill_while_releases_are_deleted_leaves_none_that_looks_whole(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"alignment": {"steps": [0]}, "methods": [{"method": "rand", "ratios": [0.5]}]}
+    with monkeypatch.context() as patched:
+        patched.setattr(making.shutil, "rmtree", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(tiny_study(folder, **changes), tmp_path, only="rand 0.5")
+    assert not [path for path in (tmp_path / "releases").glob("prune-*") if path.is_dir()]
+    longer = tiny_study(folder, **changes, training={"steps": 4, "batch_size": 2, "max_tokens": 32})
+    assert run_study(longer, tmp_path, only="rand 0.5").made == 1
+    assert not list((tmp_path / "releases").glob(".deleted-*"))
+
+
+def test_releases_stay_while_another_process_may_be_using_them(folder: Path, tmp_path: Path) -> None:
+    study = tiny_study(folder, alignment={"steps": [0]}, methods=[{"method": "rand", "ratios": [0.5]}])
+    with Workers(tmp_path).registered():
+        with Workers(tmp_path).alone() as alone:
+            assert not alone
+        run_study(study, tmp_path, only="rand 0.5")
+        assert [path for path in (tmp_path / "releases").glob("prune-*") if path.is_dir()]
+    with Workers(tmp_path).alone() as alone:
+        assert alone
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it_until_the_end(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, result: StudyResult
+) -> None:
+    caplog.set_level("INFO", logger="loram_hub.studies")
+    base = next(row.cell for row in result.rows if row.kind == "base")
+    (tmp_path / "cells").mkdir()
+    lock = FileLock(tmp_path / "cells" / f"{base}.lock", thread_local=False)
+    lock.acquire()
+    timer = threading.Timer(1.0, lock.release)
+    timer.start()
+    done = run_study(tiny_study(folder, methods=[{"method": "rand", "ratios": [0.5]}], alignment={}), tmp_path)
+    timer.join()
+    labels = [record.args[2] for record in caplog.records if record.msg.startswith("cell %d") and record.args]
+    assert len(labels) == done.cells == 4
+    assert labels[-1] == "base untouched"
+
+
+def test_a_loss_that_is_no_number_leaves_its_cell_out_and_runs_the_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = filling.base_losses
+
+    def without_base(*args: Any, adapter: Path | None, **rest: Any) -> dict[str, HeldOutLoss]:
+        found = measured(*args, adapter=adapter, **rest)
+        return found if adapter else {name: replace(one, loss=float("nan")) for name, one in found.items()}
+
+    monkeypatch.setattr(filling, "base_losses", without_base)
+    study = tiny_study(folder, alignment={"steps": [0]}, methods=[{"method": "rand", "ratios": [0.5]}])
+    with pytest.raises(TrainingError, match=r"1 of 4 cells gave no finite loss.*base untouched"):
+        run_study(study, tmp_path)
+    assert {row.kind for row in read_rows(tmp_path / "tiny")} == {"plain", "whole layers", "loram"}
+
+
+def test_what_can_never_run_is_refused_before_the_controls_are(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="leave none of the 6 layers"):
+        run_study(tiny_study(folder, keep_first=5), tmp_path)
+    held_out = [{"name": "pairs", "source": str(folder / "tasks.jsonl"), "of": "pairs"}]
+    with pytest.raises(InvalidRequestError, match="which is trained on"):
+        run_study(tiny_study(folder, held_out=held_out), tmp_path)
+    assert not (tmp_path / "cells").exists()

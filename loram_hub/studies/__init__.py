@@ -5,6 +5,8 @@ grid            its cells
 materials       base and data, found and hashed
 making          releases, each made once
 measuring       held-out losses, peak memory
+filling         one cell
+workers         which processes are at work in a folder
 running         `run_study`
 records         rows of results.jsonl
 aggregation     means, pairs and shares by setting

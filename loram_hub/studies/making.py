@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ from filelock import FileLock
 from transformers import AutoTokenizer
 
 from loram_hub.alignment import align
-from loram_hub.files import dump_json, read_json
+from loram_hub.errors import LoramError
+from loram_hub.files import dump_json, read_json, write_text
 from loram_hub.pruning import prune
 from loram_hub.quantization import quantize
 from loram_hub.release import Release, open_release
 from loram_hub.sparsification import SparsitySettings, sparsify
 from loram_hub.studies.grid import Cell
-from loram_hub.studies.materials import Materials, content_of
+from loram_hub.studies.materials import Materials
 from loram_hub.texts import calibration_ids, read_texts
 
+_DELETED = ".deleted-"
 CALIBRATION_TEXTS = 10_000
 """Records that are read for calibration at most."""
 
@@ -41,7 +44,7 @@ class Releases:
     """
 
     def __init__(self, materials: Materials, folder: Path) -> None:
-        self._materials, self._folder = materials, folder
+        self._materials, self._folder, self._scoring = materials, folder, 0.0
 
     def stages_of(self, cell: Cell) -> list[dict[str, Any]]:
         """Return what decides over a cell's release, stage by stage; the first prunes, others may follow."""
@@ -52,7 +55,9 @@ class Releases:
                 {
                     "stage": "align",
                     "settings": asdict(alignment.settings_of(cell.alignment_steps, cell.seed)),
-                    "corpora": [asdict(one) | {"source": content_of(one.source)} for one in alignment.corpora],
+                    "corpora": [
+                        asdict(one) | {"source": self._materials.contents[one.source]} for one in alignment.corpora
+                    ],
                 }
             )
         if cell.quantization != "none":
@@ -63,30 +68,53 @@ class Releases:
         """Return the folder of a release."""
         return self._folder / f"{stages[-1]['stage']}-{digest_of({'stages': stages})}"
 
-    def make(self, cell: Cell) -> tuple[Release, float]:
+    def make(self, cell: Cell) -> tuple[Release, float | None]:
         """Make a cell's release, or find it.
 
         Returns:
-            The release, and the seconds that its stages took when they were made.
+            The release, and the seconds that scoring and its stages took when they were made; None if one of them was
+            cut off and went on, or was killed before the time was written down.
         """
         stages = self.stages_of(cell)
         makers: Mapping[str, Callable[[Cell, Path | None, Path], None]] = {
             "prune": self._prune, "align": self._align, "quantize": self._quantize,
         }  # fmt: skip
-        seconds, previous = 0.0, None
+        seconds: list[float | None] = []
+        previous = None
         for count in range(1, len(stages) + 1):
             out = self.folder_of(stages[:count])
-            note = out.with_name(f"{out.name}.json")
             out.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(out.with_name(f"{out.name}.lock")):
                 if not out.exists():
-                    started = time.perf_counter()
-                    makers[stages[count - 1]["stage"]](cell, previous, out)
-                    note.write_text(dump_json({"seconds": time.perf_counter() - started}), encoding="utf-8")
-                seconds += float(read_json(note)["seconds"])
+                    self._timed(out, lambda: makers[stages[count - 1]["stage"]](cell, previous, out))  # noqa: B023
+                seconds.append(_seconds_of(out))
             previous = out
         assert previous is not None
-        return open_release(previous), seconds
+        if cell.method is not None and not cell.method.is_sparse:
+            seconds.append(_seconds_of(self._scores_of(cell)))
+        known = [one for one in seconds if one is not None]
+        return open_release(previous), sum(known) if len(known) == len(seconds) else None
+
+    def remove(self, folders: Iterable[Path]) -> None:
+        """Delete releases, and what their alignments left; a kill on the way leaves none that looks whole."""
+        for folder in sorted(folders):
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
+                for part in (folder, folder.with_name(f"{folder.name}-run")):
+                    if part.exists():
+                        part.rename(part.with_name(f"{_DELETED}{part.name}"))
+        for left in self._folder.glob(f"{_DELETED}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _timed(self, out: Path, make: Callable[[], None]) -> None:
+        """Make a release and note how long it took, unless it goes on with what an earlier call began."""
+        note = _note_of(out)
+        note.unlink(missing_ok=True)
+        begun = any(out.parent.glob(f"{out.name}-run")) or any(out.parent.glob(f".{out.name}.*"))
+        scored, started = self._scoring, time.perf_counter()
+        make()
+        if not begun:
+            taken = time.perf_counter() - started - (self._scoring - scored)
+            write_text(note, dump_json({"seconds": taken}))
 
     def _pruning_of(self, cell: Cell) -> dict[str, Any]:
         study, method = self._materials.study, cell.method
@@ -101,7 +129,9 @@ class Releases:
         if method.method == "stru":
             facts["importance"] = method.importance
         if method.method != "rand" and study.calibration is not None:
-            facts["calibration"] = asdict(study.calibration) | {"source": content_of(study.calibration.source)}
+            facts["calibration"] = asdict(study.calibration) | {
+                "source": self._materials.contents[study.calibration.source]
+            }
         return facts
 
     def _prune(self, cell: Cell, _: Path | None, out: Path) -> None:
@@ -125,7 +155,7 @@ class Releases:
             importance = "random" if cell.method.method == "rand" else cell.method.importance
             scores = self._scores_of(cell)
             with FileLock(scores.with_suffix(".lock")):
-                is_scored = scores.exists()
+                is_scored, started = scores.exists(), time.time()
                 needs_texts = importance.startswith("taylor") and not is_scored
                 prune(
                     base, out, pruning_ratio=cell.ratio, seed=cell.seed, device=study.device,
@@ -134,6 +164,10 @@ class Releases:
                     importance_out=None if is_scored else scores,
                     calibration=self._calibration(cell.seed) if needs_texts else None,
                 )  # fmt: skip
+                if not is_scored:  # the file is written when scoring is done, and before the weights are
+                    taken = max(0.0, scores.stat().st_mtime - started)
+                    write_text(_note_of(scores), dump_json({"seconds": taken}))
+                    self._scoring += taken
 
     def _scores_of(self, cell: Cell) -> Path:
         """Return the file of the scores that all ratios of a method and seed share; equal to scoring anew."""
@@ -162,3 +196,15 @@ class Releases:
     def _quantize(self, _: Cell, previous: Path | None, out: Path) -> None:
         assert previous is not None
         quantize(previous, out, device=self._materials.study.device)
+
+
+def _note_of(made: Path) -> Path:
+    return made.with_name(f"{made.name}.json")
+
+
+def _seconds_of(made: Path) -> float | None:
+    """Return how long something took to make; None if that is not known."""
+    try:
+        return float(read_json(_note_of(made))["seconds"])
+    except (LoramError, KeyError, TypeError, ValueError):
+        return None
