@@ -54,6 +54,8 @@ def _rows(name: str, cell: Mapping[str, Any], sets: Mapping[str, str | None], dr
         "cell": hashlib.sha256(repr(sorted(cell.items())).encode()).hexdigest()[:12],
         "method": "",
         "ratio": None,
+        "importance": {"rand": "random", "stru": "taylor"}.get(cell.get("method", ""), ""),
+        "pattern": "4:8" if cell.get("method") == "semi" else "",
         "alignment_steps": 0,
         "alignment_tokens": 1024 * cell.get("alignment_steps", 0),
         "quantization": "",

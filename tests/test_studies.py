@@ -199,6 +199,7 @@ def test_whatever_decides_over_a_cell_makes_another_one(folder: Path, work: Path
     study = tiny_study(folder)
     finished = len(check_study(study, work).finished)
     assert finished == result.cells
+    assert result.study == study  # not the one whose sources were found
     (folder / "other.jsonl").write_text((folder / "tasks.jsonl").read_text().replace("w4 ", "w5 "))
     changes: Mapping[str, Any] = {
         "data": [{"name": "pairs", "train": [{"source": str(folder / "other.jsonl")}]}],

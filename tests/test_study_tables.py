@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import random
@@ -24,13 +25,15 @@ from study_rows import BASE_LOSS, BASE_PARAMETERS, study_rows
 
 from loram_hub.cli.studying import study as study_command
 from loram_hub.errors import IncompatibleError, InvalidRequestError, VerificationError
+from loram_hub.reporting import report
 from loram_hub.studies import Row, line_figures, read_study, ready_studies, row_figures
 from loram_hub.studies.aggregation import Setting, gather
-from loram_hub.studies.claims import CLAIMS, Judgement, judge
+from loram_hub.studies.claims import CLAIMS, Judgement, about_costs, judge
+from loram_hub.studies.conditions import Conditions, stored_shows, study_values
 from loram_hub.studies.indexing import index_page, write_index
 from loram_hub.studies.latex import latex_table, latex_text
 from loram_hub.studies.markdown import markdown_table
-from loram_hub.studies.pages import Conditions, render_results, write_page, write_results
+from loram_hub.studies.pages import render_results, write_page, write_results
 from loram_hub.studies.specification import Study
 from loram_hub.studies.tables import PARTS, Table, shown_parts, study_tables
 
@@ -50,14 +53,14 @@ keep_first: 1
 keep_last: 2
 methods: [{method: rand, ratios: [0.5]}]
 data: [{name: pairs, train: [{source: ./tasks.jsonl}]}]
-held_out: [{name: pairs, source: ./tasks.jsonl, of: pairs, max_tokens: 32}]
+held_out: [{name: pairs, source: ./held_out.jsonl, of: pairs, max_tokens: 32}]
 lora: {dropout: 0.0}
 training: {steps: 1, batch_size: 2, micro_batch: 2, max_tokens: 32}
 shows: [losses]
 """
 CONDITIONS = Conditions(
+    study=study_values(STUDY),
     profile="quick",
-    command="loram study necessity --profile quick --work-dir DIR",
     machines=({"system": "Linux", "processor": "x86_64", "cpus": 2, "threads": 2, "gpu": None},),
     versions=({"python": "3.12.1", "torch": "2.13.0"},),
     seconds=7200.0,
@@ -212,7 +215,7 @@ def test_differences_leave_out_seeds_that_one_side_lacks() -> None:
 
 def test_a_planned_cell_that_is_not_there_is_missing_and_never_zero() -> None:
     rows = without(ROWS, **STRU)
-    planned = [(Setting(data="tasks", **STRU), seed) for seed in range(3)]
+    planned = [(Setting(data="tasks", importance="taylor", **STRU), seed) for seed in range(3)]
 
     table = named(rows, "losses-held-out-tasks", planned=planned)
 
@@ -244,14 +247,23 @@ def test_qlora_is_measured_against_plain_lora_on_the_base_as_it_is() -> None:
     assert "Stru 0.7, NF4" in markdown_table(study_tables(results)["losses"][0])
 
 
+def changed(rows: Sequence[Row], which: Callable[[Row], bool], **values: Any) -> list[Row]:
+    """Change the last of the rows that are meant, one of a cell that was trained."""
+    last = [row for row in rows if row.kind == "loram" and which(row)][-1]
+    return [replace(row, **values) if row == last else row for row in rows]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda rows: [*rows, rows[-1]], "twice"),
         (lambda rows: [*rows[:-1], replace(rows[-1], study="another")], "another"),
         (lambda rows: [*rows[:-1], replace(rows[-1], tokens=999)], "1,000 tokens in one cell and 999"),
+        (lambda rows: [*rows[:-1], replace(rows[-1], cell="0123456789ab")], "0123456789ab"),
+        (lambda rows: changed(rows, lambda row: row.held_out == "held-out tasks", in_domain=False), "in domain"),
+        (lambda rows: changed(rows, lambda row: row.in_domain, data="sums"), "in domain"),
     ],
-    ids=["a row twice", "two studies", "other tokens"],
+    ids=["a row twice", "two studies", "other tokens", "two cells", "in domain for some", "in domain for two"],
 )
 def test_rows_that_do_not_belong_together_are_refused(change: Callable[[list[Row]], list[Row]], said: str) -> None:
     with pytest.raises(IncompatibleError, match=said):
@@ -261,6 +273,12 @@ def test_rows_that_do_not_belong_together_are_refused(change: Callable[[list[Row
 def test_no_rows_are_no_study() -> None:
     with pytest.raises(InvalidRequestError, match="no rows yet"):
         gather([])
+
+
+def test_the_untouched_base_does_not_say_what_a_held_out_set_is_in_domain_for() -> None:
+    rows = [replace(row, in_domain=True) if row.kind == "base" else row for row in ROWS]
+
+    assert gather(rows).in_domain == gather(ROWS).in_domain == {"held-out tasks": "tasks", "texts": None}
 
 
 def judged(rows: Sequence[Row], claim: str) -> Judgement:
@@ -320,6 +338,33 @@ def test_costs_are_judged_against_plain_lora() -> None:
 
     assert judged(ROWS, "memory").verdict == "shows"
     assert judged(slower, "time").verdict == "does not show"
+
+
+def test_one_ratio_of_a_method_is_no_milder_one() -> None:
+    rows = study_rows(methods={"rand": (0.7,), "stru": (0.35, 0.7)}, steps=(0,))
+
+    milder = judged(rows, "beats the base, milder")
+
+    assert [finding.setting for finding in milder.findings] == ["Stru 0.35"]
+    assert not judged(study_rows(methods={"unst": (0.55,)}), "beats the base, milder").findings
+
+
+def test_ways_of_scoring_and_patterns_are_settings_of_their_own() -> None:
+    rows = study_rows(methods={"rand": (0.7,), "stru": (0.7,), "semi": (None,)}, steps=(0,))
+    other = {"stru": {"importance": "magnitude"}, "semi": {"pattern": "2:4"}}
+    others = [
+        replace(row, **other[row.method], cell=row.cell[::-1], loss=row.loss + 1) for row in rows if row.method in other
+    ]
+
+    table = named([*rows, *others], "losses-held-out-tasks")
+
+    names = [str(row[0].value) for row in table.rows][3:]
+    assert names == ["Rand 0.7", "Stru (magnitude) 0.7", "Stru (taylor) 0.7", "Semi 2:4", "Semi 4:8"]
+    means = {name: float(cells(table, name)["base + recovered"].strip("*").partition(" ")[0]) for name in names}
+    assert means["Stru (magnitude) 0.7"] == pytest.approx(means["Stru (taylor) 0.7"] + 1, abs=2e-3)
+    assert means["Semi 2:4"] == pytest.approx(means["Semi 4:8"] + 1, abs=2e-3)
+    about = judged([*rows, *others], "importance").findings
+    assert {finding.setting for finding in about} == {"Stru (magnitude) 0.7", "Stru (taylor) 0.7"}
 
 
 def test_what_was_not_measured_is_said_to_be_not_measured() -> None:
@@ -430,6 +475,17 @@ def work_dir(tmp_path: Path) -> Path:
     return work
 
 
+def test_what_machines_say_of_themselves_is_shown_as_text() -> None:
+    machine = {**CONDITIONS.machines[0], "gpu": "GPU <img src=x> `a` *b*"}
+    conditions = replace(CONDITIONS, machines=(machine,), versions=({"torch": "<script>alert(1)</script>"},))
+
+    page = render_results(losses_alone(STUDY), quick_rows(), conditions)["README.md"].decode()
+
+    assert "<script>" not in page
+    assert "<img" not in page
+    assert "GPU &lt;img src=x&gt; \\`a\\` \\*b\\*." in page
+
+
 def losses_alone(study: Study) -> Study:
     """Leave out figures that a test of texts does not look at."""
     return replace(study, shows=("losses",))
@@ -439,11 +495,13 @@ def test_a_page_says_what_was_run_and_what_shows(work_dir: Path, tmp_path: Path)
     page = write_results(losses_alone(STUDY), work_dir, tmp_path / "out", profile="quick").read_text(encoding="utf-8")
 
     assert page.startswith(f"# {STUDY.title}\n")
-    for text in (STUDY.question, CONDITIONS.command, "torch 2.13.0", "2 threads", "5 of 5 cells", "2.0 hours"):
+    command = "loram study necessity --profile quick --work-dir DIR --out DIR2"
+    for text in (STUDY.question, f"\n{command}\n", "torch 2.13.0", "2 threads", "5 of 5 cells", "2.0 hours"):
         assert text in page
-    for judgement in judge(gather(quick_rows())):
+    for judgement in judge(gather(quick_rows()), costs=False):
         if judgement.verdict != "not measured":
             assert f"- {judgement}\n" in page
+    assert CLAIMS["memory"] not in page
     assert "Not measured here: " in page
     (alt,) = re.findall(r"!\[(.*)\]\(losses-held-out-docstrings\.png\)", page)
     assert "base untouched 4.000" in alt
@@ -474,6 +532,87 @@ def test_a_page_counts_the_cells_that_the_study_still_lacks() -> None:
     assert "missing: Stru 0.7, 2 alignment steps with seed 0" in page
 
 
+@pytest.fixture
+def written(work_dir: Path, tmp_path: Path) -> Path:
+    """Return the folder of a page."""
+    out = tmp_path / "results" / "necessity"
+    write_results(losses_alone(STUDY), work_dir, out, profile="quick")
+    return out
+
+
+def test_rows_are_not_shown_under_another_study_or_profile(written: Path) -> None:
+    before = {path.name: path.read_bytes() for path in written.iterdir()}
+
+    with pytest.raises(IncompatibleError, match=r"training\.learning_rate was 0\.001, is 0\.1\. .*--profile quick"):
+        write_page(replace(STUDY, training=replace(STUDY.training, learning_rate=0.1)), written)
+    with pytest.raises(IncompatibleError, match=r"alignment\.steps\[1\] was 2, is 12; .* and \d+ more"):
+        write_page(read_study("necessity"), written)
+    assert {path.name: path.read_bytes() for path in written.iterdir()} == before
+    conditions = json.loads(before["conditions.json"])
+    plain = study_values(read_study("necessity"))
+    digest = Conditions(study=plain, profile=None, machines=(), versions=(), seconds=0).digest
+    changed_text = json.dumps(conditions | {"study": plain, "digest": digest})
+    (written / "conditions.json").write_text(changed_text, encoding="utf-8")
+    with pytest.raises(IncompatibleError, match=r"another study or profile: .*was 32, is 2; "):
+        write_index(written.parent)
+
+
+def test_the_words_of_a_page_may_change(written: Path) -> None:
+    page = write_page(replace(STUDY, title="Other words", shows=("losses", "cost")), written)
+
+    assert page.read_text(encoding="utf-8").startswith("# Other words\n")
+    assert stored_shows(written) == ("losses", "cost")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.pop("study"),
+        lambda values: values.update(study=[]),
+        lambda values: values["study"].update(seeds=[7]),
+        lambda values: values["study"].update(shows=3),
+        lambda values: values.update(profile=["quick"]),
+        lambda values: values.update(profile="quick\n```\n<script>"),
+        lambda values: values["study"].update(name="a`b"),
+        lambda values: values.update(machines=[{"cpus": "two"}]),
+        lambda values: values.update(versions=[3]),
+        lambda values: values.update(seconds=-1),
+    ],
+    ids=["no study", "a list", "other seeds", "shows", "profile", "lines", "name", "machines", "versions", "seconds"],
+)
+def test_conditions_that_were_altered_are_refused(written: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads((written / "conditions.json").read_text(encoding="utf-8"))
+    change(values)
+    (written / "conditions.json").write_text(json.dumps(values), encoding="utf-8")
+
+    with pytest.raises(VerificationError, match=r"conditions\.json"):
+        write_page(losses_alone(STUDY), written)
+
+
+def test_costs_are_judged_where_the_study_is_about_them(written: Path) -> None:
+    assert stored_shows(written) == ("losses",)
+    (written / "conditions.json").unlink()
+    assert stored_shows(written) is None
+    assert [about_costs("necessity", shows) for shows in ((), ("losses", "cost"), ("losses",), None)] == [
+        True, True, False, False
+    ]  # fmt: skip
+    assert about_costs("cost", None)
+
+
+def test_a_report_shows_of_a_study_what_its_page_does(written: Path, tmp_path: Path) -> None:
+    report([written], tmp_path / "page.html")
+    (written / "conditions.json").unlink()
+    report([written], tmp_path / "rows.html")
+
+    page, rows = (html.unescape((tmp_path / name).read_text(encoding="utf-8")) for name in ("page.html", "rows.html"))
+    assert CLAIMS["recovery"] in page
+    assert CLAIMS["recovery"] in rows
+    assert CLAIMS["memory"] not in page + rows
+    about_memory = "What fine-tuning costs: the model that is trained on, peak memory, time."
+    assert about_memory in rows
+    assert about_memory not in page
+
+
 def test_rows_without_their_records_make_no_page(work_dir: Path, tmp_path: Path) -> None:
     next((work_dir / "cells").iterdir()).unlink()
 
@@ -501,8 +640,9 @@ def test_the_command_writes_a_finished_page_anew(work_dir: Path, tmp_path: Path)
 
 def test_the_command_runs_a_study_and_writes_its_page(tmp_path: Path) -> None:
     save_tiny_base(tmp_path / "base", dtype="float32")
-    pairs = [{"prompt": text[:20], "completion": text[20:]} for text in some_texts(8, seed=5, words=8)]
-    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    for name, seed in (("tasks", 5), ("held_out", 6)):
+        pairs = [{"prompt": text[:20], "completion": text[20:]} for text in some_texts(8, seed=seed, words=8)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     (tmp_path / "tiny.yaml").write_text(TINY_STUDY, encoding="utf-8")
     options = [str(tmp_path / "tiny.yaml"), "--work-dir", str(tmp_path / "work")]
 
@@ -522,7 +662,11 @@ def test_the_command_runs_a_study_and_writes_its_page(tmp_path: Path) -> None:
     assert len(found["rows"]) == 1 + 1 + 1 + 3
     page = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "4 of 7 cells are there" in page
-    assert "loram study tiny.yaml --work-dir DIR" in page
+    assert "loram study tiny.yaml --work-dir DIR --out DIR2" in page
+    assert str(tmp_path) not in (tmp_path / "out" / "conditions.json").read_text(encoding="utf-8")
+    fresh = CliRunner().invoke(study_command, [options[0], "--out", str(tmp_path / "out")])
+    assert fresh.exit_code == 0, fresh.output
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == page
     again = CliRunner().invoke(study_command, [*options, "--seed", "1"])
     assert "4 of 7 cells are there, 0 of them new." in again.stdout
     assert "Recovery helps" in again.stdout
@@ -543,9 +687,10 @@ def test_an_index_says_what_shows_in_every_study(work_dir: Path, tmp_path: Path)
     page = write_index(folder).read_text(encoding="utf-8")
 
     assert f"## [{STUDY.title}](necessity/README.md)" in page
-    shown = [judgement for judgement in judge(gather(quick_rows())) if judgement.verdict != "not measured"]
+    shown = [judgement for judgement in judge(gather(quick_rows()), costs=False) if judgement.verdict != "not measured"]
     assert shown
     assert all(f"- {judgement}\n" in page for judgement in shown)
+    assert CLAIMS["memory"] not in page
     assert f"- 5 of 5 cells, 1 seed: `{CONDITIONS.command}`" in page
     assert "notes" not in page
 

@@ -44,7 +44,8 @@ def study(
     """Run STUDY, a YAML file or a ready-made study: methods, necessity, ratios, steps, cost or domains.
 
     Every cell is pruned, aligned, fine-tuned, recovered and measured; run it again after an interruption, and it goes
-    on. With --out alone, the page in that folder is written anew from the rows that lie there.
+    on. With --out alone, the page in that folder is written anew from the rows that lie there; STUDY and --profile have
+    to be those that were run.
     """
     from loram_hub.studies import read_study
 
@@ -108,10 +109,11 @@ def _result(result: StudyResult, page: Path | None) -> dict[str, Any]:
 
 def _print_result(result: StudyResult, page: Path | None) -> None:
     from loram_hub.studies.aggregation import gather
-    from loram_hub.studies.claims import judge
+    from loram_hub.studies.claims import about_costs, judge
 
+    costs = about_costs(result.study.name, result.study.shows)
     click.echo(f"{result.cells - result.missing} of {result.cells} cells are there, {result.made} of them new.")
-    for judgement in judge(gather(result.rows)):
+    for judgement in judge(gather(result.rows), costs=costs):
         if judgement.verdict != "not measured":
             click.echo(str(judgement))
     if page is not None:

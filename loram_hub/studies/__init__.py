@@ -11,6 +11,7 @@ running         `run_study`
 records         rows of results.jsonl
 aggregation     means, pairs and shares by setting
 tables          tables; `markdown` and `latex` write them
+conditions      under what they were measured: conditions.json
 claims          what of the paper's claims shows
 figures         pictures
 pages           `write_results`: the page of a study

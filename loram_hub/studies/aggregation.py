@@ -18,13 +18,12 @@ from functools import cached_property
 from typing import Literal
 
 from loram_hub.errors import IncompatibleError, InvalidRequestError
-from loram_hub.studies.records import Row
+from loram_hub.studies.records import ADAPTED as ADAPTED
+from loram_hub.studies.records import BASE as BASE
+from loram_hub.studies.records import KINDS, METHODS, Row
+from loram_hub.studies.records import PRUNED as PRUNED
+from loram_hub.studies.records import RECOVERED as RECOVERED
 
-BASE, PRUNED, ADAPTED, RECOVERED = "base", "pruned", "pruned + adapter", "base + recovered adapter"
-"""Models that a row can be of."""
-KINDS = ("base", "plain", "whole layers", "loram")
-"""Kinds of cells, controls first."""
-METHODS = ("", "rand", "stru", "semi", "unst")
 Measure = Literal["parameters", "alignment_tokens", "making_seconds", "tuning_seconds", "peak_memory_bytes"]
 """What a cell has once, whichever model and held-out set a row is of."""
 
@@ -36,6 +35,8 @@ class Setting:
     kind: str
     method: str = ""
     ratio: float | None = None
+    importance: str = ""
+    pattern: str = ""
     alignment_steps: int = 0
     quantization: str = ""
     masked: bool = False
@@ -45,7 +46,7 @@ class Setting:
     @property
     def order(self) -> tuple[object, ...]:
         """The place among settings: controls first, then as tables list them."""
-        place = (KINDS.index(self.kind), self.data, METHODS.index(self.method))
+        place = (KINDS.index(self.kind), self.data, METHODS.index(self.method), self.importance, self.pattern)
         return (*place, self.ratio or 0.0, self.quantization, self.masked, self.alignment_steps)
 
 
@@ -96,6 +97,11 @@ class Results:
     """Every cell (setting, seed) that the study is to have, those that have rows among them."""
     in_domain: Mapping[str, str | None]
     """By held-out set, in the order of tables, the training set that it is in domain for; None for none."""
+
+    @property
+    def study(self) -> str:
+        """Name of the study."""
+        return next(iter(self.rows.values())).study
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
@@ -204,16 +210,18 @@ def gather(
 
     Raises:
         InvalidRequestError: there are no rows.
-        IncompatibleError: the rows are of several studies, one is there twice, or a held-out set is not the same for
-            all.
+        IncompatibleError: the rows are of several studies, one is there twice, a seed of a setting has two cells, or a
+            held-out set is not the same for all: its tokens, or the training set that it is in domain for.
     """
     found: dict[tuple[Setting, int, str, str], Row] = {}
+    names: dict[tuple[Setting, int], str] = {}
     for row in sorted(rows, key=lambda row: (setting_of(row).order, row.seed, row.held_out, row.model)):
         key = (setting_of(row), row.seed, row.held_out, row.model)
-        if key in found:
+        cell = names.setdefault(key[:2], row.cell)
+        if key in found or cell != row.cell:
             raise IncompatibleError(
-                f"Seed {row.seed} of {row.kind} {row.method} has {row.model!r} on {row.held_out!r} twice, in the cells "
-                f"{found[key].cell} and {row.cell}. Take the rows of one study, each cell once."
+                f"Seed {row.seed} of {row.kind} {row.method} has {row.model!r} on {row.held_out!r} twice, or cells "
+                f"{cell} and {row.cell}. Take the rows of one study, each cell once."
             )
         found[key] = row
     if not found:
@@ -234,6 +242,8 @@ def setting_of(row: Row) -> Setting:
         kind=row.kind,
         method=row.method,
         ratio=row.ratio,
+        importance=row.importance,
+        pattern=row.pattern,
         alignment_steps=row.alignment_steps,
         quantization=row.quantization,
         masked=row.masked,
@@ -247,10 +257,21 @@ def _every_seed(cells: set[tuple[Setting, int]]) -> Iterator[tuple[Setting, int]
 
 
 def _domains(rows: Iterable[Row], order: Sequence[str]) -> dict[str, str | None]:
-    """Return, by held-out set, the training set that it is in domain for."""
+    """Return, by held-out set, the training set that it is in domain for; the untouched base's rows do not say."""
     found: dict[str, str | None] = {}
+    said: dict[tuple[str, str], Row] = {}
     for row in rows:
-        found[row.held_out] = row.data if row.in_domain else found.get(row.held_out)
+        found.setdefault(row.held_out, None)
+        if row.kind == "base":
+            continue
+        first = said.setdefault((row.held_out, row.data), row)
+        if first.in_domain != row.in_domain or (row.in_domain and found[row.held_out] not in (None, row.data)):
+            raise IncompatibleError(
+                f"Cells do not agree on the training set that {row.held_out!r} is in domain for: {row.cell} is one of "
+                "them. Take rows that were measured with one `of` for each held-out set."
+            )
+        if row.in_domain:
+            found[row.held_out] = row.data
     others = sorted(found.keys() - set(order), key=lambda name: (found[name] is None, name))
     return {name: found[name] for name in (*order, *others) if name in found}
 

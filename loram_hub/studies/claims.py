@@ -34,6 +34,8 @@ CLAIMS: Mapping[str, str] = {
 """The claims, by name, in the order in which they are judged."""
 COST_CLAIMS = ("memory", "time")
 """Those about what fine-tuning takes, which say little where cells ran side by side."""
+COST = "cost"
+"""The part of a page that is about them, and the ready-made study whose cells are run one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,11 +88,12 @@ class Judgement:
         return f"{CLAIMS[self.claim]} {verdict} ({_seeds_text(measured)}).{rest}"
 
 
-def judge(results: Results) -> tuple[Judgement, ...]:
+def judge(results: Results, *, costs: bool = True) -> tuple[Judgement, ...]:
     """Judge every claim by the rows of a study.
 
     Args:
         results: from `gather`.
+        costs: also what is claimed of memory and time; see `about_costs`.
 
     Returns:
         One judgement for each of `CLAIMS`, in their order, also of those that the study has no rows for.
@@ -98,15 +101,28 @@ def judge(results: Results) -> tuple[Judgement, ...]:
     found = [finding for held_out, setting in _in_domain(results) for finding in _findings(results, setting, held_out)]
     found += [finding for setting in results.settings("loram") for finding in _cost_findings(results, setting)]
     return tuple(
-        Judgement(claim=name, findings=tuple(finding for finding in found if finding.claim == name)) for name in CLAIMS
+        Judgement(claim=name, findings=tuple(finding for finding in found if finding.claim == name))
+        for name in CLAIMS
+        if costs or name not in COST_CLAIMS
     )
 
 
+def about_costs(study: str, shows: Sequence[str] | None) -> bool:
+    """Whether memory and time of a study are to be judged: its cells may have run side by side.
+
+    Args:
+        study: its name.
+        shows: parts of its page, none for all; None where only its rows are known.
+    """
+    return study == COST if shows is None else not shows or COST in shows
+
+
 def milder(results: Results, setting: Setting) -> bool:
-    """Whether a ratio is in the lower half of those that the study has for the method, the middle one included."""
-    alike = (one for one in results.settings("loram") if one.method == setting.method)
+    """Whether a ratio is in the lower half, the middle one included, of two or more that the study has for a method."""
+    same = (setting.method, setting.importance)
+    alike = (one for one in results.settings("loram") if (one.method, one.importance) == same)
     ratios = sorted({one.ratio for one in alike if one.ratio is not None})
-    return setting.ratio in ratios[: (len(ratios) + 1) // 2]
+    return len(ratios) > 1 and setting.ratio in ratios[: (len(ratios) + 1) // 2]
 
 
 def _in_domain(results: Results) -> Iterator[tuple[str, Setting]]:
@@ -136,9 +152,9 @@ def _others(results: Results, setting: Setting) -> Iterator[tuple[str, Setting]]
     for shorter, longer in pairwise(one for one in alike if one.alignment_steps):
         if longer == setting:
             yield "longer alignment", shorter
-    random = replace(setting, method="rand")
-    if setting.method == "stru" and random in loram:
-        yield "importance", random
+    if setting.method == "stru":
+        random = replace(setting, method="rand", importance="")
+        yield from (("importance", one) for one in loram if replace(one, importance="") == random)
     whole = [one for one in results.settings("whole layers") if one.data == setting.data]
     if whole and setting.method in ("rand", "stru"):
         same = [one for one in whole if one.quantization == setting.quantization]

@@ -179,8 +179,8 @@ class Cells:
             "kind": cell.kind,
             "method": "" if cell.method is None else cell.method.method,
             "ratio": cell.ratio,
-            "importance": _importance_of(cell),
-            "pattern": cell.method.pattern if cell.method is not None and cell.method.method == "semi" else "",
+            "importance": "" if cell.method is None else cell.method.scoring,
+            "pattern": "" if cell.method is None else cell.method.kept,
             "alignment_steps": cell.alignment_steps,
             "alignment_tokens": cell.alignment_steps * settings.batch_size * settings.sequence_length,
             "quantization": "" if cell.quantization == "none" else cell.quantization,
@@ -242,9 +242,3 @@ def _machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _importance_of(cell: Cell) -> str:
-    if cell.method is None or cell.method.is_sparse:
-        return ""
-    return "random" if cell.method.method == "rand" else cell.method.importance

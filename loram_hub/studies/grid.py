@@ -32,6 +32,7 @@ class Cell:
         name = {"plain": "plain LoRA", "whole layers": "LoRA on the whole layers"}.get(self.kind, "")
         if self.method is not None:
             name = self.method.method.capitalize()
+            name += f" ({self.method.scoring})" if self.method.scoring not in ("", "random", "taylor") else ""
             name += f" {self.method.pattern}" if self.method.method == "semi" else f" {self.ratio:g}"
         aligned = f", {self.alignment_steps} alignment steps" if self.alignment_steps else ""
         masked = ", masked" if self.masked else ""

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loram_hub.errors import InvalidRequestError
-from loram_hub.files import resource_errors
+from loram_hub.files import write_text
 from loram_hub.studies.aggregation import gather
-from loram_hub.studies.claims import judge
+from loram_hub.studies.claims import about_costs, judge
+from loram_hub.studies.conditions import stored_conditions
 from loram_hub.studies.labels import plural
-from loram_hub.studies.pages import PAGE, planned_cells, stored_conditions
+from loram_hub.studies.pages import PAGE, planned_cells
 from loram_hub.studies.records import RESULTS, read_rows
 from loram_hub.studies.specification import read_study, ready_studies
 
@@ -27,15 +28,13 @@ def write_index(folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         InvalidRequestError: there are no results.
+        IncompatibleError: a ready-made study is not what it was when it was run.
         VerificationError: rows or conditions are damaged.
         ResourceError: the page cannot be written.
     """
     place = Path(folder).expanduser()
     text = index_page(place)
-    with resource_errors(f"Writing {place}"):
-        partial = place / f".{PAGE}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(place / PAGE)
+    write_text(place / PAGE, text)
     return place / PAGE
 
 
@@ -57,8 +56,10 @@ def index_page(folder: Path) -> str:
 def _section(folder: Path, name: str) -> Iterator[str]:
     conditions = stored_conditions(folder / name)
     study = read_study(name, profile=conditions.profile)
+    stored_conditions(folder / name, study)
     results = gather(read_rows(folder / name), planned=planned_cells(study))
     there, count = len(results.planned) - len(results.missing(results.settings())), len(results.planned)
     yield from ("", f"## [{study.title}]({name}/{PAGE})", "", study.question, "")
-    yield from (f"- {judgement}" for judgement in judge(results) if judgement.verdict != "not measured")
+    judged = judge(results, costs=about_costs(name, study.shows))
+    yield from (f"- {judgement}" for judgement in judged if judgement.verdict != "not measured")
     yield f"- {there} of {plural(count, 'cell')}, {plural(len(results.seeds), 'seed')}: `{conditions.command}`"

@@ -16,7 +16,7 @@ METHOD_NAMES = {"rand": "Rand", "stru": "Stru", "semi": "Semi", "unst": "Unst"}
 
 def label(results: Results, setting: Setting) -> str:
     """Return what a setting is called: its method and ratio, and of the rest what the study varies."""
-    parts = [method_label(setting)]
+    parts = [method_label(results, setting)]
     loram = results.settings("loram")
     if setting.kind == "loram" and len({one.alignment_steps for one in loram}) > 1:
         parts.append(f"{setting.alignment_steps} alignment steps" if setting.alignment_steps else "not aligned")
@@ -25,21 +25,29 @@ def label(results: Results, setting: Setting) -> str:
 
 def group_label(results: Results, setting: Setting) -> str:
     """Return what a setting is called where alignment is told apart otherwise."""
-    return ", ".join([method_label(setting), *_rest(results, setting)])
+    return ", ".join([method_label(results, setting), *_rest(results, setting)])
 
 
 def series_label(results: Results, setting: Setting) -> str:
     """Return what a setting is called where ratios and alignment are on an axis."""
-    name = METHOD_NAMES.get(setting.method, setting.kind)
+    name = _method_name(results, setting) if setting.kind == "loram" else setting.kind
     return ", ".join([name, *_rest(results, setting)])
 
 
-def method_label(setting: Setting) -> str:
-    """Return method and ratio, or which control it is."""
+def method_label(results: Results, setting: Setting) -> str:
+    """Return method and ratio or pattern, or which control it is."""
     if setting.kind != "loram":
         return _CONTROLS[setting.kind]
-    name = METHOD_NAMES[setting.method]
+    name = _method_name(results, setting)
     return name if setting.ratio is None else f"{name} {setting.ratio:g}"
+
+
+def _method_name(results: Results, setting: Setting) -> str:
+    """Name the method, with its pattern, and with how it scores where the study compares several."""
+    alike = (one for one in results.settings("loram") if one.method == setting.method)
+    scored = [f"({setting.importance})"] if len({one.importance for one in alike}) > 1 else []
+    pattern = [setting.pattern] if setting.pattern else []
+    return " ".join([METHOD_NAMES[setting.method], *scored, *pattern])
 
 
 def _rest(results: Results, setting: Setting) -> list[str]:

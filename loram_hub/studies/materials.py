@@ -95,8 +95,10 @@ _DECIDING = (
 class Materials:
     """A study with every source found."""
 
+    asked: Study
+    """As it was given."""
     study: Study
-    """Its sources are files, or ids on the Hub."""
+    """The same with sources that are files, or ids on the Hub."""
     source: Source
     """The base: folder, id, commit."""
     base_digest: str
@@ -154,7 +156,7 @@ def find_materials(study: Study, folder: Path, *, token: str | bool | None = Non
     _check_layers(study, source.folder)
     contents = {name: content_of(name, token=token) for name in _sources(found)}
     _refuse_training_data(found, contents)
-    return Materials(study=found, source=source, base_digest=_base_digest(source), contents=contents)
+    return Materials(asked=study, study=found, source=source, base_digest=_base_digest(source), contents=contents)
 
 
 def _sources(study: Study) -> list[str]:

@@ -6,18 +6,19 @@ bytes. `docs/results/` holds such pages.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from loram_hub.errors import InvalidRequestError, VerificationError
-from loram_hub.files import dump_json, read_json, resource_errors
+from loram_hub.errors import InvalidRequestError
+from loram_hub.files import resource_errors, write_bytes, write_text
 from loram_hub.studies.aggregation import Results, Setting, gather
 from loram_hub.studies.budget import budget_lines, difference_lines
-from loram_hub.studies.claims import CLAIMS, COST_CLAIMS, MILDER, Judgement, judge
+from loram_hub.studies.claims import CLAIMS, MILDER, Judgement, about_costs, judge
+from loram_hub.studies.conditions import CONDITIONS, read_conditions, study_values
+from loram_hub.studies.conditions import Conditions as Conditions
+from loram_hub.studies.conditions import stored_conditions as stored_conditions
 from loram_hub.studies.figures import study_pictures
 from loram_hub.studies.grid import Cell, cells_of
 from loram_hub.studies.labels import plural
@@ -26,10 +27,10 @@ from loram_hub.studies.markdown import markdown_table, markdown_text
 from loram_hub.studies.paper import paper_table
 from loram_hub.studies.plots import Picture
 from loram_hub.studies.records import CELLS, RESULTS, Row, read_rows, write_rows
-from loram_hub.studies.specification import Study, ready_studies
+from loram_hub.studies.specification import Study
 from loram_hub.studies.tables import Table, study_tables
 
-PAGE, TABLES_MD, TABLES_TEX, CONDITIONS = "README.md", "tables.md", "tables.tex", "conditions.json"
+PAGE, TABLES_MD, TABLES_TEX = "README.md", "tables.md", "tables.tex"
 _HEADINGS = {
     "losses": "All losses",
     "recovery": "With and without recovery and alignment",
@@ -40,29 +41,13 @@ _HEADINGS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Conditions:
-    """Under what conditions the rows of a study were measured."""
-
-    profile: str | None
-    """Profile of the study's file; None for none."""
-    command: str
-    """What was run."""
-    machines: tuple[Mapping[str, Any], ...]
-    """Every machine that cells ran on: system, processor, cores, threads of torch, GPU."""
-    versions: tuple[Mapping[str, str], ...]
-    """Every set of versions of Python and of libraries."""
-    seconds: float
-    """Time that all cells took together."""
-
-
 def write_results(
     study: Study, work_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, profile: str | None = None
 ) -> Path:
     """Write the page of a study, with its rows, tables and figures.
 
     Args:
-        study: the study, as it was run.
+        study: the study that was run, as `read_study` returned it.
         work_dir: the work folder of `run_study`.
         out_dir: folder for `README.md`, `results.jsonl`, `conditions.json`, `tables.md`, `tables.tex` and figures;
             files of these names are replaced.
@@ -82,7 +67,7 @@ def write_results(
     if not file.is_file():
         raise InvalidRequestError(f"{work} has no results of the study {study.name}. Run it there first.")
     rows = read_rows(file)
-    conditions = read_conditions(work / CELLS, rows, profile=profile)
+    conditions = read_conditions(work / CELLS, rows, study, profile=profile)
     return _write(Path(out_dir).expanduser(), rows, render_results(study, rows, conditions), conditions)
 
 
@@ -90,19 +75,22 @@ def write_page(study: Study, out_dir: str | os.PathLike[str]) -> Path:
     """Write the page of a study anew, from the rows and conditions in its folder; nothing is measured.
 
     Args:
-        study: the study, as it was run.
+        study: the study that was run; but for the wording of its page (title, question, mirrors, shows) it has to be
+            the one of the folder.
         out_dir: a folder that `write_results` has written.
 
     Returns:
         The path of the page.
 
     Raises:
+        IncompatibleError: the folder has the results of another study or profile.
         VerificationError: rows or conditions are missing or damaged.
         MissingDependencyError: matplotlib is not installed.
         ResourceError: the folder cannot be written.
     """
     folder = Path(out_dir).expanduser()
-    rows, conditions = read_rows(folder), stored_conditions(folder)
+    rows = read_rows(folder)
+    conditions = replace(stored_conditions(folder, study), study=study_values(study))
     return _write(folder, rows, render_results(study, rows, conditions), conditions)
 
 
@@ -139,70 +127,14 @@ def planned_cells(study: Study) -> list[tuple[Setting, int]]:
     return [(_setting(cell), cell.seed) for cell in cells_of(study)]
 
 
-def read_conditions(cells: Path, rows: Sequence[Row], *, profile: str | None) -> Conditions:
-    """Gather the conditions of rows from the records of their cells.
-
-    Args:
-        cells: folder of the records.
-        rows: what was measured.
-        profile: the profile of the study's file.
-
-    Raises:
-        VerificationError: a record is missing or damaged.
-    """
-    records = [read_json(cells / f"{name}.json") for name in sorted({row.cell for row in rows})]
-    name = rows[0].study if rows else ""
-    file = name if name in ready_studies() else f"{name}.yaml"
-    options = "" if profile is None else f" --profile {profile}"
-    try:
-        return Conditions(
-            profile=profile,
-            command=f"loram study {file}{options} --work-dir DIR",
-            machines=_each(record["machine"] for record in records),
-            versions=_each(record["versions"] for record in records),
-            seconds=round(sum(float(record.get("seconds", 0.0)) for record in records), 1),
-        )
-    except (KeyError, TypeError, ValueError) as err:
-        raise VerificationError(f"A record in {cells} does not say what it was measured with: {err!r}.") from err
-
-
-def stored_conditions(folder: Path) -> Conditions:
-    """Read the conditions that `write_results` has written.
-
-    Args:
-        folder: where it wrote.
-
-    Raises:
-        VerificationError: they are missing or damaged.
-    """
-    values = read_json(folder / CONDITIONS)
-    try:
-        return Conditions(
-            profile=values["profile"],
-            command=str(values["command"]),
-            machines=tuple(dict(machine) for machine in values["machines"]),
-            versions=tuple(dict(versions) for versions in values["versions"]),
-            seconds=float(values["seconds"]),
-        )
-    except (KeyError, TypeError, ValueError) as err:
-        raise VerificationError(f"{folder / CONDITIONS} does not have what it should: {err!r}.") from err
-
-
 def _write(folder: Path, rows: Sequence[Row], files: Mapping[str, bytes], conditions: Conditions) -> Path:
     with resource_errors(f"Writing {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        write_rows(folder / RESULTS, rows)
-        for name, content in {**files, CONDITIONS: dump_json(asdict(conditions)).encode()}.items():
-            partial = folder / f".{name}.partial"
-            partial.write_bytes(content)
-            partial.replace(folder / name)
+    write_rows(folder / RESULTS, rows)
+    write_text(folder / CONDITIONS, conditions.to_json())
+    for name, content in files.items():
+        write_bytes(folder / name, content)
     return folder / PAGE
-
-
-def _each(records: Iterator[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Return each of several equal records once, in a fixed order."""
-    texts = sorted({json.dumps(record, sort_keys=True) for record in records})
-    return tuple(json.loads(text) for text in texts)
 
 
 def _setting(cell: Cell) -> Setting:
@@ -210,6 +142,8 @@ def _setting(cell: Cell) -> Setting:
         kind=cell.kind,
         method="" if cell.method is None else cell.method.method,
         ratio=cell.ratio,
+        importance="" if cell.method is None else cell.method.scoring,
+        pattern="" if cell.method is None else cell.method.kept,
         alignment_steps=cell.alignment_steps,
         quantization="" if cell.quantization == "none" else cell.quantization,
         masked=cell.masked,
@@ -230,8 +164,7 @@ def _page(
     yield from ("## How it was run", "", "```sh", conditions.command, "```", "")
     yield from (f"- {line}" for line in (*budget_lines(study, results), *_machine_lines(conditions)))
     yield from ("", "## What shows", "")
-    about_cost = not study.shows or "cost" in study.shows
-    yield from _claims([one for one in judge(results) if about_cost or one.claim not in COST_CLAIMS])
+    yield from _claims(judge(results, costs=about_costs(study.name, study.shows)))
     for name, group in tables.items():
         yield from ("", f"## {_HEADINGS[name]}", "")
         for picture in pictures.get(name, ()):
@@ -257,7 +190,8 @@ def _claims(judgements: Sequence[Judgement]) -> Iterator[str]:
         "",
         "A claim shows in a setting where every seed agrees with it, on the held-out set that is in domain for the",
     )
-    yield "training data. Milder ratios are the lower half of a method's ratios in this study, the middle one included."
+    yield "training data. Milder ratios are the lower half of a method's ratios, the middle one included, where this"
+    yield "study has several."
     if measured:
         yield from ("", "<details><summary>The numbers, setting by setting</summary>", "")
         yield from ("| claim | setting | held-out set | verdict | numbers |", "|---|---|---|---|---|")
@@ -272,12 +206,13 @@ def _claims(judgements: Sequence[Judgement]) -> Iterator[str]:
 
 def _machine_lines(conditions: Conditions) -> Iterator[str]:
     for machine in conditions.machines:
-        gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
+        gpu = f", {markdown_text(str(machine['gpu']))}" if machine.get("gpu") else ""
         cores, threads = machine.get("cpus"), machine.get("threads")
         system = f"{machine.get('system')} on {machine.get('processor')}"
         yield f"Machine: {markdown_text(system)}, {plural(cores or 0, 'core')}, {plural(threads or 0, 'thread')}{gpu}."
     for versions in conditions.versions:
-        yield f"Versions: {', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}."
+        named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        yield f"Versions: {markdown_text(named)}."
     yield f"All cells took {_time(conditions.seconds)} together; the machine may have had other work."
 
 
@@ -288,7 +223,7 @@ def _time(seconds: float) -> str:
 def _file_lines() -> tuple[str, ...]:
     return (
         f"- `{RESULTS}`: every measured loss, one for each cell, model and held-out set",
-        f"- `{CONDITIONS}`: command, machine and versions",
+        f"- `{CONDITIONS}`: the study as it was run, command, machine and versions",
         f"- `{TABLES_MD}`, `{TABLES_TEX}`: the tables alone, for reading and for papers (booktabs)",
         "",
     )

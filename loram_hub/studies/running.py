@@ -106,7 +106,7 @@ def check_study(
     run = _Run(*_opened(study, work_dir, profile, token), seeds, only)
     finished = {cell for cell in run.cells if run.is_finished(cell)}
     return StudyPreview(
-        study=run.study,
+        study=run.materials.asked,
         folder=run.folder,
         finished=tuple(cell.label for cell in run.cells if cell in finished),
         missing=tuple(cell.label for cell in run.cells if cell not in finished),
@@ -217,7 +217,7 @@ class _Run:
     def _result(self, made: int) -> StudyResult:
         everything = cells_of(self.study)
         return StudyResult(
-            study=self.study,
+            study=self.materials.asked,
             folder=self.folder,
             rows=tuple(self.collect()),
             cells=len(everything),

@@ -6,7 +6,8 @@ A study file may hold `profiles`: named sets of keys that outweigh those above t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -20,10 +21,14 @@ from loram_hub.instructions import DataSource
 from loram_hub.plan import PruningSettings
 from loram_hub.recipes import FLAT, PATH, read_profile
 from loram_hub.sparsification.settings import SparsitySettings
+from loram_hub.studies.labels import slug
+from loram_hub.studies.records import is_name, is_study_name
+from loram_hub.studies.tables import PARTS
 
 MethodName = Literal["rand", "stru", "semi", "unst"]
 Quantization = Literal["none", "nf4"]
 
+TAYLOR = "taylor"
 STUDY_SUFFIXES = (".yaml", ".yml")
 
 
@@ -36,7 +41,7 @@ class Method:
     weights by SparseGPT, n of every m or a share of all."""
     ratios: tuple[float, ...] = ()
     """Pruning ratios of `rand` and `stru`, sparsities of `unst`; `semi` has none."""
-    importance: str = "taylor"
+    importance: str = TAYLOR
     """How `stru` scores channel groups."""
     pattern: str = "4:8"
     """Of `semi`: n of every m weights are kept."""
@@ -44,10 +49,16 @@ class Method:
     """Whether the LoRA update is masked; `semi` and `unst` alone."""
 
     def __post_init__(self) -> None:
-        """Check ratios; raises `InvalidRequestError`."""
+        """Check ratios, importance, pattern and masks; raises `InvalidRequestError`."""
         if (self.method == "semi") != (not self.ratios):
             wanted = "no ratios: its pattern says how much goes" if self.method == "semi" else "at least one ratio"
             raise InvalidRequestError(f"{self.method} needs {wanted}; found {list(self.ratios)}.")
+        _refuse_repeated(f"masked of {self.method}", self.masked)
+        _refuse_repeated(f"ratios of {self.method}", [f"{ratio:g}" for ratio in self.ratios], needed=False)
+        if self.method == "semi":
+            SparsitySettings(pattern=self.pattern)
+        if self.method == "stru":
+            _importance(self.importance)
         if self.method in ("rand", "stru") and any(self.masked):
             raise InvalidRequestError(f"masked is true, and {self.method} leaves nothing to mask. Leave it out.")
         for ratio in self.ratios:
@@ -60,6 +71,16 @@ class Method:
     def is_sparse(self) -> bool:
         """Whether single weights are removed."""
         return self.method in ("semi", "unst")
+
+    @property
+    def scoring(self) -> str:
+        """How channel groups are scored; empty where single weights are removed."""
+        return "" if self.is_sparse else "random" if self.method == "rand" else self.importance
+
+    @property
+    def kept(self) -> str:
+        """The pattern of `semi`; empty of the others."""
+        return self.pattern if self.method == "semi" else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +97,11 @@ class Calibration:
     """Rows for SparseGPT."""
     sparse_tokens: int = 2048
     """Tokens of such a row."""
+
+    def __post_init__(self) -> None:
+        """Check that there are rows of tokens; raises `InvalidRequestError`."""
+        _refuse_below(self, 1, "samples", "sparse_samples")
+        _refuse_below(self, 2, "tokens", "sparse_tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,10 +122,15 @@ class Alignment:
 
     def __post_init__(self) -> None:
         """Check that steps have texts; raises `InvalidRequestError`."""
-        if any(step < 0 for step in self.steps) or not self.steps:
+        _refuse_repeated("alignment.steps", self.steps)
+        if min(self.steps) < 0:
             raise InvalidRequestError(f"alignment.steps is {list(self.steps)}; numbers from 0 are needed.")
+        if not 0 <= self.warmup < 1:
+            raise InvalidRequestError(f"alignment.warmup is {self.warmup:g}; a share from 0 to below 1 is needed.")
         if any(self.steps) and not self.corpora:
             raise InvalidRequestError("alignment.corpora is missing: aligned cells need texts to train on.")
+        if self.settings.distillation:
+            raise InvalidRequestError("alignment.distillation needs a teacher, which cells of a study do not have.")
 
     def settings_of(self, steps: int, seed: int) -> AlignmentSettings:
         """Return the settings of a cell; one evaluation before training and one after it."""
@@ -118,6 +149,12 @@ class TrainingData:
     train: tuple[DataSource, ...] = field(metadata={PATH: "source"})
     """Sources; `demo:tasks` and `demo:arithmetic` are some, too."""
 
+    def __post_init__(self) -> None:
+        """Check name and sources; raises `InvalidRequestError`."""
+        _check_name("data", self.name)
+        if not self.train:
+            raise InvalidRequestError(f"data {self.name!r} has no source to train on. Name at least one.")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutSet:
@@ -133,6 +170,12 @@ class HeldOutSet:
     """Records that are read at most."""
     max_tokens: int = 512
     """Longest sequence in tokens."""
+
+    def __post_init__(self) -> None:
+        """Check name and numbers; raises `InvalidRequestError`."""
+        _check_name("held_out", self.name)
+        _refuse_below(self, 1, "limit")
+        _refuse_below(self, 2, "max_tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,13 +230,24 @@ class Study:
 
     def __post_init__(self) -> None:
         """Check what no section can check alone; raises `InvalidRequestError`."""
-        if not self.name.replace("-", "").isalnum() or not self.name.isascii():
-            raise InvalidRequestError(f"name is {self.name!r:.80}; letters, digits and dashes are needed.")
-        for key in ("seeds", "methods", "quantization", "data", "held_out"):
-            values = getattr(self, key)
-            names = [getattr(value, "name", value) for value in values]
-            if not values or len(set(names)) != len(names):
-                raise InvalidRequestError(f"{key} is empty or has something twice: {names!r:.200}.")
+        if not is_study_name(self.name):
+            raise InvalidRequestError(f"name is {self.name!r:.80}; letters, digits and dashes are needed, at most 64.")
+        _refuse_below(self, 0, "keep_first", "keep_last")
+        _refuse_repeated("seeds", self.seeds)
+        _refuse_repeated("quantization", self.quantization)
+        _refuse_repeated("data", [one.name for one in self.data])
+        _refuse_repeated("held_out", [slug(one.name) for one in self.held_out])  # which files and tables are named by
+        _refuse_repeated("methods", [setting for method in self.methods for setting in _settings_of(method)])
+        if min(self.seeds) < 0:
+            raise InvalidRequestError(f"seeds is {list(self.seeds)}; numbers from 0 are needed.")
+        if self.training.steps is None:
+            raise InvalidRequestError(
+                "training.steps is missing: cells are compared after the same number of steps, and are checkpointed by "
+                "it. Give it, and no epochs."
+            )
+        unknown = [name for name in self.shows if name not in PARTS]
+        if unknown:
+            raise InvalidRequestError(f"shows has {unknown[0]!r:.80}; parts of a page are {', '.join(PARTS)}.")
         known = {one.name for one in self.data}
         for held_out in self.held_out:
             if held_out.of is not None and held_out.of not in known:
@@ -203,10 +257,53 @@ class Study:
         if self.lora.masked is not None:
             raise InvalidRequestError("lora.masked is an axis of a study: give it as `masked` of a method.")
         if self.calibration is None and any(
-            method.is_sparse or (method.method == "stru" and method.importance.startswith("taylor"))
+            method.is_sparse or (method.method == "stru" and method.importance.startswith(TAYLOR))
             for method in self.methods
         ):
             raise InvalidRequestError("calibration is missing: Taylor importance and SparseGPT need texts.")
+
+
+def _settings_of(method: Method) -> list[str]:
+    """Return what tells the cells of a method from those of others."""
+    scoring = _importance(method.scoring) if method.method == "stru" else ""
+    name = " ".join(part for part in (method.method, scoring, method.kept) if part)
+    return [
+        f"{name}{'' if ratio is None else f' {ratio:g}'}{' masked' if masked else ''}"
+        for ratio in method.ratios or (None,)
+        for masked in method.masked
+    ]
+
+
+def _importance(text: str) -> str:
+    """Return an importance in the one way to write it; raises `InvalidRequestError`."""
+    if text == TAYLOR:
+        return text
+    from loram_hub.importance import parse_importance  # which needs torch: pages of most studies are made without
+
+    found = parse_importance(text)
+    if found.method == "random":
+        raise InvalidRequestError("importance is random; write method: rand.")
+    return TAYLOR if found == parse_importance(TAYLOR) else str(found)
+
+
+def _check_name(key: str, name: str) -> None:
+    if not is_name(name):
+        raise InvalidRequestError(f"The name {name!r:.80} in {key} is none; one line of visible characters is needed.")
+
+
+def _refuse_repeated(key: str, values: Sequence[object], *, needed: bool = True) -> None:
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise InvalidRequestError(f"{key} has {twice[0]!r:.200} twice; its cells could not be told apart.")
+    if needed and not values:
+        raise InvalidRequestError(f"{key} is empty. Give at least one, or leave the key out if it has a default.")
+
+
+def _refuse_below(section: object, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < least:
+            raise InvalidRequestError(f"{name} is {value}; a number from {least} is needed.")
 
 
 def read_study(study: str | os.PathLike[str], *, profile: str | None = None) -> Study:
