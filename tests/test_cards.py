@@ -301,6 +301,9 @@ def test_results_on_a_dataset_of_the_hub_come_in_the_hubs_own_form(release: Rele
     assert ".eval_results/held_out_loss.yaml" not in _card(release, evaluation=_evaluation(release, pruned=6.5)).files
 
 
+ACCURACY = {"model": "base", "task": "arc_easy", "metric": "acc", "filter": "none", "value": 0.5}
+
+
 def _tasks(**changes: Any) -> dict[str, Any]:
     """Scores as `loram eval --tasks` gives them."""
     score = {"stderr": 0.01, "samples": 100, "is_headline": True}
@@ -368,6 +371,37 @@ def test_scores_that_nobody_can_compare_stay_in_the_text(adapter: Path, change: 
     assert not [name for name in card.files if name.startswith(".eval_results")]
 
 
+def test_scores_of_ones_own_task_files_are_marked_and_stay_in_the_text(adapter: Path) -> None:
+    evaluation = _tasks()
+    evaluation["tasks"]["provenance"]["settings"] = {"task_files": {"arc_easy": "0" * 64}}
+
+    card = make_card(adapter, repo_id="org/tuned", evaluation=evaluation)
+
+    entries = parse_eval_result_entries(yaml.safe_load(card.files[".eval_results/tasks.yaml"]))
+    assert [entry.task_id for entry in entries] == ["gsm8k_cot"]
+    assert [result.dataset_type for result in model_index_to_eval_results(_metadata(card)["model-index"])[1]] == [
+        "openai/gsm8k"
+    ]
+    assert "| `arc_easy` (own task file) | `acc` |" in card.text
+    assert "| `gsm8k_cot` | `exact_match`" in card.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rows": [{"model": "base", "loss": 10**400, "perplexity": None, "parameters": 5}]}, {"rows": [{"model": []}]}],
+)
+def test_losses_that_no_float_holds_are_refused(adapter: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match="The evaluation has"):
+        make_card(adapter, evaluation={"examples": 1, "tokens": 1, **changes})
+
+
+@pytest.mark.parametrize("name", [[], {}, 7, "unheard of"])
+def test_a_protocol_by_no_known_name_is_not_named(release: Release, name: object) -> None:
+    card = _card(release, evaluation=_evaluation(release, pruned=6.5) | {"protocol": {"name": name}})
+
+    assert "protocol" not in card.text
+
+
 def test_an_older_cards_task_results_do_not_outlive_it(adapter: Path) -> None:
     write_card(adapter, make_card(adapter, evaluation=_tasks()))
     (adapter / ".eval_results" / "mine.yaml").write_text("- mine\n")
@@ -388,6 +422,10 @@ def test_an_older_cards_task_results_do_not_outlive_it(adapter: Path) -> None:
         ({"tasks": [{"task": "arc_easy", "num_fewshot": -1}]}, "num_fewshot"),
         ({"models": [{"model": "base", "parameters": 7.5, "backend": "x"}]}, "parameters"),
         ({"models": None}, "without a list of models"),
+        ({"scores": [ACCURACY | {"value": 7.0}]}, "acc = 7, which is from 0 to 1"),
+        ({"scores": [ACCURACY | {"stderr": -1}]}, "a standard error of -1"),
+        ({"scores": [ACCURACY | {"value": 10**400}]}, "where a number is needed"),
+        ({"tasks": [{"task": "arc_easy", "num_fewshot": 1, "samples": 9, "documents": 8}]}, "9 questions measured of"),
     ],
 )
 def test_malformed_scores_are_refused(adapter: Path, change: dict[str, Any], message: str) -> None:

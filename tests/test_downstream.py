@@ -6,11 +6,13 @@ import ast
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loram_hub.auto import AutoLoramModel
 from loram_hub.cards import make_card
 from loram_hub.cli import main
-from loram_hub.downstream import PRESETS, Limits, TaskResults, evaluate_tasks, pass_at_k, preview_tasks, run_program
+from loram_hub.downstream import (
+    PRESETS,
+    Limits,
+    TaskResults,
+    evaluate_tasks,
+    pass_at_k,
+    preview_tasks,
+    programs,
+    run_program,
+)
 from loram_hub.downstream.backends import Wrapped, visit_models, vllm_arguments
 from loram_hub.downstream.catalogue import task_manager
 from loram_hub.downstream.loading import _overlay
-from loram_hub.errors import AccessError, InvalidRequestError, MissingDependencyError
+from loram_hub.errors import AccessError, InvalidRequestError, MissingDependencyError, ResourceError
 from loram_hub.evaluation import MODELS, evaluate, find_subjects, placement
 from loram_hub.pruning import prune
 from loram_hub.recovery import recover
@@ -68,6 +79,7 @@ TASK: dict[str, Any] = {
     ],
     "metadata": {"version": 3},
 }
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"}
 DONE = "\n\ndef check(f):\n    assert f(2) == 3\n"
 
 
@@ -212,8 +224,11 @@ def test_the_results_say_everything_that_is_needed_to_repeat_them(
         "adapter": ("adapter_config.json", "adapter_model.safetensors"),
         "recovered": ("adapter_config.json", "adapter_model.safetensors"),
     }.items():
+        names += tuple(TOKENIZER & {file.name for file in models[part].iterdir()}) if part == "base" else ()
         hashes = {name: hashlib.sha256((models[part] / name).read_bytes()).hexdigest() for name in names}
         assert parts[part]["files"] == hashes
+    assert parts["base"]["files"].keys() & TOKENIZER, "the tokenizer decides what is asked"
+    assert values["provenance"]["settings"]["allow_base_mismatch"] is False
     assert parts["release"]["plan_sha256"] == AutoLoramModel.from_pretrained(models["release"]).loram.plan.digest
     assert set(values["provenance"]["versions"]) >= {"python", "torch", "transformers", "peft", "lm-eval"}
     settings = values["provenance"]["settings"]
@@ -425,6 +440,145 @@ def test_a_program_writes_nothing_outside_its_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+TRICKS = {
+    "a file by a folder's descriptor": (
+        "d = os.open(OUT, 0); os.write(os.open('x', os.O_CREAT | os.O_RDWR, dir_fd=d), b'x')"
+    ),
+    "a file from another folder": "os.chdir(OUT); open('x', 'w')",
+    "a file by a name that changes": (
+        "class Name(str):\n    def split(self, *a): return []\n    def startswith(self, *a): return False\n"
+        "open(Name(OUT + '/x'), 'w')"
+    ),
+    "a file by a detour": "open('../' * 9 + OUT + '/x', 'w')",
+    "the history of readline": "import readline; readline.add_history('x'); readline.write_history_file(OUT + '/x')",
+    "the key log of ssl": "import ssl; ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).keylog_filename = OUT + '/x'",
+    "a database": "import _dbm; _dbm.open(OUT + '/x', 'c', 0o666).close()",
+    "a named pipe": "os.mkfifo(OUT + '/x')",
+    "a device": "os.mknod('n', 0o600 | stat.S_IFCHR, os.makedev(1, 3))",
+    "shared memory": "import _posixshmem; _posixshmem.shm_open('/loram-test', os.O_CREAT | os.O_RDWR, mode=0o600)",
+    "the parent's processors": "os.sched_setaffinity(os.getppid(), {0})",
+    "another root": "os.chroot('.')",
+    "the parent's environment": "assert open(f'/proc/{os.getppid()}/environ', 'rb').read()",
+    "its own memory": "assert open('/proc/self/mem', 'rb')",
+    "root's files": "open(HIDDEN).read()",
+    "a thread": "import _thread, time; _thread.start_new_thread(time.sleep, (1,))",
+    "the parent's signals": "os.kill(os.getppid(), 0)",
+    "its own tracing": "sys.settrace(lambda *a: None)",
+}
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder that everybody may write to, with a file that nobody but us may read."""
+    with tempfile.TemporaryDirectory() as folder:  # the folders that lead to pytest's own are closed
+        Path(folder).chmod(0o777)
+        (Path(folder) / "hidden").write_text("secret")
+        (Path(folder) / "hidden").chmod(0o600)
+        yield Path(folder)
+
+
+def trying(trick: str, outside: Path) -> str:
+    return f"import os, stat, sys\nOUT, HIDDEN = {str(outside)!r}, {str(outside / 'hidden')!r}\n{trick}\n"
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_a_program_does_not_get_out_of_its_folder_by(trick: str, outside: Path) -> None:
+    if trick == "root's files" and run_program("", "").confinement.files == "guarded" and os.geteuid() != 0:
+        pytest.skip("without Landlock a program reads what its user reads")
+
+    outcome = run_program(trying(TRICKS[trick], outside), "")
+
+    assert not outcome.passed
+    assert [path.name for path in outside.iterdir()] == ["hidden"]
+
+
+def test_the_kernel_alone_keeps_programs_in(outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if run_program("", "").confinement.files == "guarded":
+        pytest.skip("this kernel has no Landlock")
+    for name in ("confining.py", "confined.py"):
+        text = Path(programs.__file__).with_name(name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(text.replace('    _prepare(os.path.realpath(job["folder"]))\n', ""))
+    monkeypatch.setattr(programs, "_RUNNER", tmp_path / "confining.py")
+    same_user = set() if os.geteuid() == 0 else {"the parent's processors", "the parent's signals"}
+    excepted = {"its own tracing"} | same_user
+    tricks = [trick for name, trick in TRICKS.items() if name not in excepted]
+    program = "".join(
+        f"try:\n    exec({trying(trick, outside)!r})\nexcept (OSError, ImportError, RuntimeError):\n    kept += 1\n"
+        for trick in tricks
+    )
+
+    assert run_program("import os\nassert os.mkdir('mine') is None", "").passed, "the guard is off"
+    assert run_program(f"kept = 0\n{program}", f"assert kept == {len(tricks)}").passed
+    assert [path.name for path in outside.iterdir()] == ["hidden"]
+
+
+SEARCHES = {
+    "frames": "frame = sys._getframe()\nwhile frame:\n    seen.append(frame.f_locals)\n    frame = frame.f_back",
+    "tracebacks": (
+        "try:\n    open('/x', 'w')\nexcept Exception as err:\n    tb = err.__traceback__\n    while tb:\n"
+        "        frame = tb.tb_frame\n        while frame:\n"
+        "            seen.append((frame.f_locals, frame.f_globals))\n"
+        "            frame = frame.f_back\n        tb = tb.tb_next"
+    ),
+    "modules": "seen += [vars(module) for module in list(sys.modules.values())]",
+    "arguments": "seen += [sys.argv, sys.orig_argv, os.environ]",
+    "files": (
+        "for place in range(64):\n    try:\n        seen.append(os.pread(place, 10 ** 6, 0))\n"
+        "    except OSError:\n        pass"
+    ),
+}
+
+
+@pytest.mark.parametrize("where", SEARCHES)
+def test_a_program_does_not_find_the_proof_in(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = "5a" * 32  # made up, so that the program can look for it
+    monkeypatch.setattr(programs.secrets, "token_hex", lambda _: proof)
+    program = f"import os, sys\nseen = []\n{SEARCHES[where]}\nassert seen\nhalf = '5a5a' * 4\n"
+    # The text that the program itself holds is not the proof, but half of it, written otherwise.
+    tests = "said = repr(seen)\nassert half * 4 not in said"
+
+    assert run_program(program, tests).passed
+    assert not run_program(f"{program}seen.append(half * 4)\n", tests).passed, "the search finds what is there"
+
+
+def test_the_writer_of_the_proof_cannot_be_exchanged_or_called() -> None:
+    program = """
+import sys
+frame = sys._getframe()
+while frame:
+    names = frame.f_locals
+    for name in ("write", "proof"):
+        if name in names:
+            assert not names["proof"]
+            names["write"] = print
+            names["leave"](0)
+    frame = frame.f_back
+f = lambda x: 0
+"""
+
+    assert not run_program(program, f"{DONE}\ncheck(f)").passed
+
+
+def test_a_program_that_does_not_fit_its_tests_cannot_swallow_them() -> None:
+    assert not run_program("f = lambda x: 0\n" + "'" * 3, f"{DONE}\ncheck(f)\n" + "'" * 3).passed
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="of root alone")
+def test_as_root_nothing_runs_where_the_rights_cannot_be_given_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(Path(programs.__file__).with_name("confined.py"), tmp_path)
+    text = Path(programs.__file__).with_name("confining.py").read_text(encoding="utf-8")
+    no_landlock = text.replace("_RESTRICT_SELF = 444,", "_RESTRICT_SELF = 9999,")
+    unreadable = no_landlock.replace("return all(os.access", "return not any(os.access")
+    assert len({text, no_landlock, unreadable}) == 3
+    (tmp_path / "confining.py").write_text(unreadable)
+    monkeypatch.setattr(programs, "_RUNNER", tmp_path / "confining.py")
+
+    with pytest.raises(ResourceError, match=r"nobody cannot read Python .* run this as another user"):
+        run_program("", "")
+
+
 @pytest.mark.parametrize(
     ("programs", "passed", "k"), [(10, 3, 1), (10, 3, 10), (6, 2, 3), (5, 0, 2), (5, 5, 5), (4, 4, 1)]
 )
@@ -537,9 +691,61 @@ def test_one_command_measures_losses_and_tasks_and_the_card_shows_them(
     assert {score["model"] for score in values["tasks"]["scores"]} == {"base", "base + recovered adapter"}
     text = make_card(models["recovered"], license="mit", evaluation=values).text
     value = next(s["value"] for s in values["tasks"]["scores"] if s["model"] == "base" and s["metric"] == "acc")
-    assert f"| `tiny_choice` | `acc` | 0 | 24 | {value:.4f} ±" in text
+    assert f"| `tiny_choice` (own task file) | `acc` | 0 | 24 | {value:.4f} ±" in text
     assert "| base + recovered adapter | " in text
     assert "\nNot measured" not in text
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tasks", "tiny_choice", "--num-fewshot", "-1"), "num_fewshot is -1"),
+        (("--tasks", "humaneval"), "--run-generated-code"),
+        (("--tasks", "tiny_choice", "--as", "vllm", "--release", "R"), "vLLM opens no release"),
+        (("--tasks", "tiny_choice", "--adapter", "A"), "needs that release"),
+    ],
+)
+def test_no_loss_is_measured_if_the_tasks_of_the_same_request_cannot_be(
+    models: dict[str, Path],
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    message: str,
+    dry_run: tuple[str, ...],
+) -> None:
+    (tmp_path / "held_out.txt").write_text("w4 w5")
+    monkeypatch.setattr("loram_hub.evaluation.evaluating.held_out_loss", lambda *a, **k: pytest.fail("measured"))
+
+    run = loram("eval", tmp_path / "held_out.txt", "--base", models["base"], "--task-folder", tasks, *options, *dry_run)
+
+    assert run.exit_code == 2, run.output
+    assert message in " ".join(run.output.split())
+
+
+def test_losses_are_written_before_tasks_begin(
+    models: dict[str, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = tmp_path / "held_out.txt", tmp_path / "results.json"
+    data.write_text("w4 w5")
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise AccessError("the network is gone")
+
+    monkeypatch.setattr("loram_hub.downstream.measuring.load_tasks", fail)
+
+    run = loram("eval", data, "--tasks", "tiny_choice", "--base", models["base"], "--task-folder", tasks, "-o", out)
+
+    assert run.exit_code == 5, run.output
+    assert [row["model"] for row in json.loads(out.read_text())["rows"]] == ["base"]
+
+
+def test_data_that_are_not_there_are_missed_in_a_dry_run_too(models: dict[str, Path], tmp_path: Path) -> None:
+    run = loram("eval", tmp_path / "gone.jsonl", "--base", models["base"], "--dry-run")
+
+    assert run.exit_code == 2
+    assert "gone.jsonl is no file or folder" in " ".join(run.output.split())
 
 
 def test_results_of_another_adapter_get_onto_no_card(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from loram_hub.auto import AutoLoramModel
+from loram_hub.cards.evaluations import read_evaluation
 from loram_hub.errors import InvalidRequestError
 from loram_hub.evaluation import (
     EncodedExample,
+    EvaluationRow,
     EvaluationTable,
     encode_examples,
     evaluate,
+    evaluating,
     held_out_loss,
     losses,
     opening,
@@ -316,6 +321,72 @@ def test_two_models_are_never_in_memory_at_once(
 def test_an_adapter_without_its_model_is_refused(models: dict[str, str], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         evaluate(TASKS, **models)
+
+
+def test_what_was_read_is_known_by_its_hash_whether_it_was_a_list_a_file_or_a_folder(
+    base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("w4 w5")
+
+    def digest(data: Any) -> str:
+        provenance = evaluate(data, base=base, identify=True, allow_base_mismatch=True).provenance
+        assert provenance is not None
+        assert provenance.settings["allow_base_mismatch"] is True
+        return str(provenance.settings["examples_sha256"])
+
+    found = digest(["w4 w5"])
+
+    assert found == hashlib.sha256(b'["", "w4 w5"]\n').hexdigest()
+    assert digest(tmp_path / "texts") == digest(tmp_path / "texts" / "a.txt") == found
+    (tmp_path / "texts" / "a.txt").write_text("w4 w6")
+    assert digest(tmp_path / "texts") != found
+
+
+def test_a_dataset_on_the_hub_is_read_at_one_commit_which_is_recorded(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def read(data: str, *, limit: int | None) -> list[Example]:
+        asked.append(data)
+        return TASKS[:1]
+
+    monkeypatch.setattr(evaluating.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(evaluating, "dataset_commit", lambda name, revision: f"{name}/{revision}/commit")
+    monkeypatch.setattr(evaluating, "read_examples", read)
+
+    table = evaluate("org/set:part@v1", base=base, identify=True)
+
+    assert asked == ["org/set:part@org/set/v1/commit"]
+    assert table.provenance is not None
+    assert table.provenance.settings["data_commit"] == "org/set/v1/commit"
+    assert table.dataset == "org/set:part"
+
+
+def test_another_chat_template_makes_another_base(base: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+
+    def files() -> Any:
+        provenance = evaluate(TASKS[:1], base=copy, identify=True).provenance
+        assert provenance is not None
+        return provenance.parts[0].files
+
+    plain = files()
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+
+    assert files().keys() - plain.keys() == {"chat_template.jinja"}
+
+
+def test_a_loss_that_is_not_finite_is_null_and_gets_onto_no_card() -> None:
+    row = EvaluationRow(model="base", loss=math.nan, perplexity=None, parameters=5, memory_bytes=1, seconds=0.1)
+    table = EvaluationTable(rows=(row,), examples=1, tokens=1, cut_examples=0)
+
+    values = json.loads(json.dumps(table.to_dict(), allow_nan=False))
+
+    assert values["rows"][0]["loss"] is None
+    with pytest.raises(InvalidRequestError, match="loss of 'base' was not finite"):
+        read_evaluation(values, parameters={})
 
 
 def test_data_without_a_token_to_score_is_refused(base: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from loram_hub.cards.escaping import is_hub_id
 from loram_hub.cards.task_scores import MODELS as MODELS
-from loram_hub.cards.task_scores import TaskScores, read_task_scores
+from loram_hub.cards.task_scores import TaskScores, is_number, read_task_scores
 from loram_hub.errors import InvalidRequestError
 
 _PROTOCOLS = frozenset({"paper"})
@@ -85,7 +85,7 @@ def read_evaluation(values: Mapping[str, object], *, parameters: Mapping[str, in
         examples=_count(values, "examples") if read else 0,
         tokens=_count(values, "tokens") if read else 0,
         dataset=dataset if isinstance(dataset, str) and is_hub_id(dataset) else None,
-        protocol=named if named in _PROTOCOLS else None,
+        protocol=named if isinstance(named, str) and named in _PROTOCOLS else None,
         tasks=tasks,
     )
     _check_sizes(evaluation, parameters)
@@ -176,6 +176,11 @@ def _row(values: object) -> MeasuredLoss:
     if not isinstance(values, Mapping) or values.get("model") not in MODELS:
         raise InvalidRequestError(f"The evaluation has a row for none of {', '.join(MODELS)}: {str(values)[:80]!r}.")
     perplexity = values.get("perplexity")
+    if "loss" in values and values["loss"] is None:
+        raise InvalidRequestError(
+            f"The loss of {values['model']!r} was not finite: the model's numbers overflowed. Measure it in another "
+            "dtype, or find out what is wrong with it; no card shows this."
+        )
     return MeasuredLoss(
         model=str(values["model"]),
         loss=_number(values, "loss"),
@@ -186,7 +191,7 @@ def _row(values: object) -> MeasuredLoss:
 
 def _number(values: Mapping[str, object], key: str) -> float:
     value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if not is_number(value) or value < 0:
         raise InvalidRequestError(f"The evaluation has {key} = {str(value)[:80]!r}; a number from 0 is needed.")
     return float(value)
 

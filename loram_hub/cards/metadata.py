@@ -109,13 +109,15 @@ def _loss_results(described: Described, evaluation: Evaluation) -> list[EvalResu
 def _own(tasks: Sequence[ScoredTask], described: Described) -> list[ScoredTask]:
     """Choose the numbers that tasks are known by, of this repository's model, on all questions of a Hub dataset.
 
-    Part of the questions, and data that nobody else has, are shown in the text: no leaderboard can compare them.
+    Part of the questions, data that nobody else has, and tasks from files of one's own (which may be called as the
+    harness's) are shown in the text: no leaderboard can compare them.
     """
     return [
         task
         for task in tasks
         if task.is_headline
         and task.is_whole
+        and not task.is_own
         and task.dataset is not None
         and described.model in task.scores
         and all(_NAME.fullmatch(name) for name in (task.task, task.metric, task.filter))

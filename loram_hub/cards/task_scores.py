@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 from loram_hub.cards.escaping import is_hub_id
 from loram_hub.errors import InvalidRequestError
 
 MODELS = ("base", "pruned", "pruned + adapter", "base + recovered adapter")
 """What is measured, in the order of tables."""
+_SHARES = re.compile(r"acc|acc_norm|exact_match|pass@[0-9]+")
+"""Metrics of the harness, and ours, that are shares."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +55,8 @@ class ScoredTask:
     """Commit of the dataset."""
     split: str | None = None
     """Split of the dataset; untrusted text."""
+    is_own: bool = False
+    """Whether its task file was the measurer's own, whatever it is called: not to be compared with the harness's."""
 
     @property
     def is_whole(self) -> bool:
@@ -96,15 +101,21 @@ def read_task_scores(values: object) -> TaskScores:
         model = _model(score)
         if model in found.setdefault(key, {}):
             _refuse(f"two scores of {model} on {key[0][:80]!r} ({key[1][:40]})")
-        found[key][model] = Score(value=_number(score, "value"), stderr=_number_or_none(score, "stderr"))
+        found[key][model] = _score(score, key[1])
         headlines |= {key} if score.get("is_headline") is True else set()
     if not found:
         _refuse("no score")
     provenance = part.get("provenance")
     versions = provenance.get("versions") if isinstance(provenance, Mapping) else None
+    settings = provenance.get("settings") if isinstance(provenance, Mapping) else None
+    own = settings.get("task_files") if isinstance(settings, Mapping) else None
+    own = own if isinstance(own, Mapping) else {}
     date = part.get("date")
     return TaskScores(
-        tasks=tuple(_task(key, scores, key in headlines, described.get(key[0], {})) for key, scores in found.items()),
+        tasks=tuple(
+            _task(key, scores, key in headlines, described.get(key[0], {}), is_own=key[0] in own)
+            for key, scores in found.items()
+        ),
         harness=str(versions.get("lm-eval", "of unknown version")) if isinstance(versions, Mapping) else "unknown",
         backends={_model(model): _text(model, "backend") for model in models},
         date=date if isinstance(date, str) else None,
@@ -114,9 +125,28 @@ def read_task_scores(values: object) -> TaskScores:
     )
 
 
+def _score(score: Mapping[object, object], metric: str) -> Score:
+    found = Score(value=_number(score, "value"), stderr=_number_or_none(score, "stderr"))
+    if _SHARES.fullmatch(metric) and not 0 <= found.value <= 1:
+        _refuse(f"{metric} = {found.value:g}, which is from 0 to 1")
+    if found.stderr is not None and found.stderr < 0:
+        _refuse(f"a standard error of {found.stderr:g}, which is at least 0")
+    return found
+
+
 def _task(
-    key: tuple[str, str, str], scores: Mapping[str, Score], is_headline: bool, described: Mapping[object, object]
+    key: tuple[str, str, str],
+    scores: Mapping[str, Score],
+    is_headline: bool,
+    described: Mapping[object, object],
+    *,
+    is_own: bool,
 ) -> ScoredTask:
+    num_fewshot = _count(described, "num_fewshot", least=0) if described else None
+    samples = _count(described, "samples") if described else None
+    documents = _count(described, "documents") if described else None
+    if samples is not None and documents is not None and samples > documents:
+        _refuse(f"{samples:,} questions measured of {key[0][:80]!r}, which has {documents:,}")
     dataset, revision = described.get("dataset"), described.get("dataset_revision")
     return ScoredTask(
         task=key[0],
@@ -124,13 +154,14 @@ def _task(
         filter=key[2],
         is_headline=is_headline,
         scores=scores,
-        num_fewshot=_count(described, "num_fewshot", least=0) if described else None,
-        samples=_count(described, "samples") if described else None,
-        documents=_count(described, "documents") if described else None,
+        num_fewshot=num_fewshot,
+        samples=samples,
+        documents=documents,
         dataset=str(dataset) if is_hub_id(dataset) else None,
         dataset_config=_text_or_none(described, "dataset_config"),
         dataset_revision=revision if isinstance(revision, str) and _is_commit(revision) else None,
         split=_text_or_none(described, "split"),
+        is_own=is_own,
     )
 
 
@@ -177,9 +208,16 @@ def _text_or_none(values: Mapping[object, object], key: str) -> str | None:
     return None if values.get(key) is None else _text(values, key)
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number that a float can hold; neither nan nor infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max
+
+
 def _number(values: Mapping[object, object], key: str) -> float:
     found = values.get(key)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+    if not is_number(found):
         _refuse(f"tasks with {key} = {str(found)[:80]!r}, where a number is needed")
     return float(found)
 

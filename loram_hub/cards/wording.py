@@ -82,7 +82,8 @@ def _task_row(task: ScoredTask, models: Sequence[str]) -> tuple[Markdown, ...]:
     asked = Markdown("-" if task.samples is None else f"{task.samples:,}")
     if task.samples is not None and not task.is_whole:
         asked = Markdown(f"first {task.samples:,} of {task.documents or 0:,}")
-    return (code(task.task), metric, shots, asked, *(_score(task.scores.get(model)) for model in models))
+    name = Markdown(f"{code(task.task)} (own task file)") if task.is_own else code(task.task)
+    return (name, metric, shots, asked, *(_score(task.scores.get(model)) for model in models))
 
 
 def _score(score: Score | None) -> Markdown:

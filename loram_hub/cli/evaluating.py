@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from loram_hub.cli.group import main
 from loram_hub.cli.options import json_option, mismatch_option
 from loram_hub.cli.output import print_result, print_table
 from loram_hub.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from loram_hub.downstream import PlannedTask
 
 _LOSSES = ("max_tokens", "protocol")
 _TASKS = ("task_folder", "num_fewshot", "as_", "run_generated_code")
@@ -76,17 +79,19 @@ def evaluate(
     _check(data, tasks, options)
     if out is not None:
         _check_out(out)
+    would = _checked(data, tasks, options, dry_run=dry_run)
     if dry_run:
-        would = _preview(data, tasks, options)
         print_result(would, as_json, lambda: _print_preview(would))
         return
     result: dict[str, Any] = {}
     if data is not None:
         result |= _losses(data, options)
+        if out is not None:
+            _write(out, result)  # so that they are not lost if tasks fail
     if tasks is not None:
         result["tasks"] = _task_results(tasks, options)
-    if out is not None:
-        _write(out, result)
+        if out is not None:
+            _write(out, result)
     print_result(result, as_json, lambda: _print_found(result))
 
 
@@ -111,26 +116,38 @@ def _losses(data: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def _task_results(tasks: str, options: Mapping[str, Any]) -> dict[str, Any]:
     from loram_hub.downstream import evaluate_tasks
 
-    taken = {name: value for name, value in options.items() if name not in (*_LOSSES, "task_folder")}
-    return evaluate_tasks(tasks, include_path=options["task_folder"], **taken).to_dict()
+    return evaluate_tasks(tasks, include_path=options["task_folder"], **_of_tasks(options)).to_dict()
 
 
-def _preview(data: str | None, tasks: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    from loram_hub.downstream import preview_tasks
+def _of_tasks(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in (*_LOSSES, "task_folder")}
 
-    planned = (
-        []
-        if tasks is None
-        else preview_tasks(tasks, include_path=options["task_folder"], num_fewshot=options["num_fewshot"])
-    )
-    parts = ("base", "release", "adapter", "recovered")
+
+def _checked(data: str | None, tasks: str | None, options: Mapping[str, Any], *, dry_run: bool) -> dict[str, Any]:
+    """Check all of a request before any of it is measured; return what would be."""
+    from loram_hub.evaluation import check_given, check_losses
+
+    models = {part: options[part] for part in ("base", "release", "adapter", "recovered")}
+    check_given(**models)
+    if data is not None:
+        taken = ("protocol", "max_tokens", "limit", "batch_size")
+        check_losses(data, **{name: options[name] for name in taken})
+    planned = () if tasks is None else _planned(tasks, options, dry_run=dry_run)
     return {
         "dry_run": True,
         "data": data,
         "protocol": options["protocol"],
-        "models": {part: options[part] for part in parts if options[part] is not None},
+        "models": {part: name for part, name in models.items() if name is not None},
         "tasks": [task.to_dict() for task in planned],
     }
+
+
+def _planned(tasks: str, options: Mapping[str, Any], *, dry_run: bool) -> Sequence[PlannedTask]:
+    from loram_hub.downstream import check_tasks
+
+    unused = ("device", "allow_base_mismatch")
+    taken = {name: value for name, value in _of_tasks(options).items() if name not in unused}
+    return check_tasks(tasks, include_path=options["task_folder"], missing_data=dry_run, **taken)
 
 
 def _print_preview(would: Mapping[str, Any]) -> None:
@@ -154,7 +171,7 @@ def _print_found(result: Mapping[str, Any]) -> None:
         rows = [
             (
                 row["model"],
-                f"{row['loss']:.4f}",
+                "not finite" if row["loss"] is None else f"{row['loss']:.4f}",
                 "-" if row["perplexity"] is None else f"{row['perplexity']:.2f}",
                 f"{row['parameters']:,}",
             )

@@ -263,8 +263,8 @@ def _place_of(dataset: str) -> tuple[Place, Path | None]:
         return "missing", None
 
 
-def check_needs(planned: Sequence[PlannedTask], *, run_generated_code: bool) -> None:
-    """Refuse what cannot be measured, and say what will be downloaded.
+def check_needs(planned: Sequence[PlannedTask], *, run_generated_code: bool, missing_data: bool = False) -> None:
+    """Refuse what cannot be measured, and say what will be downloaded; with `missing_data`, data may be nowhere.
 
     Raises:
         InvalidRequestError: a task runs generated code, and that was not allowed; or its programs cannot be judged.
@@ -278,7 +278,7 @@ def check_needs(planned: Sequence[PlannedTask], *, run_generated_code: bool) -> 
             "or leave the task out."
         )
     missing = list(dict.fromkeys(task.dataset for task in planned if task.place == "missing" and task.dataset))
-    if not missing:
+    if not missing or missing_data:
         return
     commands = "; ".join(download_command(dataset) for dataset in missing)
     tasks = ", ".join(f"{task.name} ({task.dataset})" for task in planned if task.place == "missing")

@@ -15,7 +15,7 @@ from loram_hub.downstream.catalogue import PlannedTask, check_needs, plan_tasks
 from loram_hub.downstream.collecting import Collector
 from loram_hub.downstream.loading import load_tasks
 from loram_hub.downstream.presets import requested
-from loram_hub.downstream.programs import Limits
+from loram_hub.downstream.programs import Limits, run_program
 from loram_hub.downstream.results import TaskResults
 from loram_hub.errors import InvalidRequestError
 from loram_hub.evaluation import check_given, find_subjects, placement, provenance_of
@@ -82,16 +82,14 @@ def evaluate_tasks(
         >>> from loram_hub.downstream import evaluate_tasks  # doctest: +SKIP
         >>> evaluate_tasks("csr", base="org/model", recovered="my-adapter").to_dict()  # doctest: +SKIP
     """
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise InvalidRequestError(f"batch_size is {batch_size} and limit {limit}; both are at least 1.")
     date = datetime.now(UTC).isoformat(timespec="seconds")
+    given = {"base": base, "release": release, "adapter": adapter, "recovered": recovered}
     folders = _folders(include_path)
     requests = requested(tasks, num_fewshot=num_fewshot)
-    planned = plan_tasks(requests, include_path=folders)
-    check_needs(planned, run_generated_code=run_generated_code)
-    given = {"base": base, "release": release, "adapter": adapter, "recovered": recovered}
-    check_given(**given)
-    check_way(as_, has_release=release is not None)
+    planned = check_tasks(
+        tasks, base=base, release=release, adapter=adapter, recovered=recovered, as_=as_, include_path=folders,
+        num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, run_generated_code=run_generated_code,
+    )  # fmt: skip
     collector = Collector(
         planned={task.name: task for task in planned},
         loaded=load_tasks([request.task for request in requests], planned, folders),
@@ -107,7 +105,7 @@ def evaluate_tasks(
     settings = {
         "tasks": [request.task for request in requests], "task_files": _task_files(planned, folders), "as": as_,
         "num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size, "device": device or "cpu",
-        "dtype": str(where.dtype).removeprefix("torch."), "seed": seed,
+        "dtype": str(where.dtype).removeprefix("torch."), "seed": seed, "allow_base_mismatch": allow_base_mismatch,
         "limits": asdict(collector.limits) if collector.confinement else None,
     }  # fmt: skip
     order = {name: place for place, name in enumerate(models_of(subjects, as_))}
@@ -119,6 +117,37 @@ def evaluate_tasks(
         provenance=provenance_of(subjects, settings),
         date=date,
     )
+
+
+def check_tasks(
+    tasks: str | Sequence[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    release: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    recovered: str | os.PathLike[str] | None = None,
+    as_: str = "adapter",
+    include_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    run_generated_code: bool = False,
+    missing_data: bool = False,
+) -> tuple[PlannedTask, ...]:
+    """Refuse what `evaluate_tasks` could not measure, before data and models are opened.
+
+    Arguments and errors are those of `evaluate_tasks`; where programs are to be run, one is, to see that it can be.
+    With `missing_data`, tasks whose data are not here pass in offline mode, too: what is returned says which.
+    """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise InvalidRequestError(f"batch_size is {batch_size} and limit {limit}; both are at least 1.")
+    planned = preview_tasks(tasks, include_path=include_path, num_fewshot=num_fewshot)
+    check_needs(planned, run_generated_code=run_generated_code, missing_data=missing_data)
+    check_given(base=base, release=release, adapter=adapter, recovered=recovered)
+    check_way(as_, has_release=release is not None)
+    if any(task.runs_code for task in planned):
+        run_program("", "")
+    return planned
 
 
 def _folders(include_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:

@@ -22,7 +22,7 @@ from typing import IO
 
 from loram_hub.errors import InvalidRequestError, ResourceError
 
-_RUNNER = Path(__file__).with_name("confined.py")
+_RUNNER = Path(__file__).with_name("confining.py")
 _MARGIN = 65536
 """Bytes of a result that are read; a whole one has some hundred."""
 
@@ -58,8 +58,10 @@ class Confinement:
     network: str
     """`none`: the kernel gave them no network; `guarded`: only the interpreter refused them one."""
     user: str
-    """`nobody`; `own`: that of this process; `root`: that of this process, and the number of processes had no limit
-    of the kernel's."""
+    """`nobody`, where this process is root's; `own`: that of this process."""
+    files: str
+    """`landlock`: the kernel let them write to their folder alone, and read Python and the system's libraries alone;
+    `guarded`: only the interpreter kept them from other files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +87,7 @@ def run_program(program: str, tests: str, *, limits: Limits | None = None) -> Ou
 
     Raises:
         InvalidRequestError: the system is not Linux.
-        ResourceError: the process could not be started.
+        ResourceError: the process could not be started, or this one is root's and cannot give its rights away.
     """
     if sys.platform != "linux":
         raise InvalidRequestError(
@@ -93,7 +95,7 @@ def run_program(program: str, tests: str, *, limits: Limits | None = None) -> Ou
         )
     allowed, proof = limits or Limits(), secrets.token_hex(32)
     with tempfile.TemporaryDirectory(prefix="loram-program-") as folder, tempfile.TemporaryFile() as results:
-        job = {"program": f"{program}\n{tests}\n", "proof": proof, "folder": folder, **asdict(allowed)}
+        job = {"program": f"{program}\n", "tests": f"{tests}\n", "proof": proof, "folder": folder, **asdict(allowed)}
         with tempfile.TemporaryFile() as job_file:
             job_file.write(json.dumps(job).encode())
             job_file.seek(0)
@@ -105,7 +107,13 @@ def run_program(program: str, tests: str, *, limits: Limits | None = None) -> Ou
             "The process for generated programs did not start: it was killed, or more time or memory is needed than "
             f"{allowed.wall_seconds:g} s and {allowed.memory_bytes:,} bytes."
         )
-    return Outcome(passed=rest == proof, confinement=Confinement(**json.loads(first)))
+    said = json.loads(first)
+    if "refused" in said:
+        raise ResourceError(
+            f"Generated programs cannot be shut in here: {said['refused']}. As root they are not run without that: run "
+            "this as another user."
+        )
+    return Outcome(passed=rest == proof, confinement=Confinement(**said))
 
 
 def _run(folder: str, job: IO[bytes], results: IO[bytes], limits: Limits) -> None:

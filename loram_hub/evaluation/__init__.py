@@ -16,6 +16,7 @@ from loram_hub.evaluation.encoding import EncodedExample as EncodedExample
 from loram_hub.evaluation.encoding import encode_examples as encode_examples
 from loram_hub.evaluation.evaluating import EvaluationRow as EvaluationRow
 from loram_hub.evaluation.evaluating import EvaluationTable as EvaluationTable
+from loram_hub.evaluation.evaluating import check_losses as check_losses
 from loram_hub.evaluation.evaluating import evaluate as evaluate
 from loram_hub.evaluation.evaluating import memory_bytes as memory_bytes
 from loram_hub.evaluation.evaluating import stored_parameters as stored_parameters

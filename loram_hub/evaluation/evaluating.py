@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import logging
 import math
 import os
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants
 from torch import nn
 
 from loram_hub.errors import InvalidRequestError
@@ -33,7 +36,8 @@ from loram_hub.evaluation.protocols import protocol_named, read_by_protocol
 from loram_hub.evaluation.provenance import Provenance, provenance_of
 from loram_hub.files import sha256_of
 from loram_hub.hub import Source
-from loram_hub.texts import Example, Specification, dataset_id, read_examples
+from loram_hub.hub.revisions import dataset_commit
+from loram_hub.texts import SUFFIXES, Example, Specification, dataset_id, read_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +54,7 @@ class EvaluationRow:
     model: str
     """`base`, `pruned`, `pruned + adapter` or `base + recovered adapter`; one of `MODELS`."""
     loss: float
-    """Mean held-out loss in nats per completion token."""
+    """Mean held-out loss in nats per completion token; infinite or nan where the model's numbers overflow."""
     perplexity: float | None
     """exp(loss); None where that is too large for a float."""
     parameters: int
@@ -85,11 +89,15 @@ class EvaluationTable:
         return next((row.loss for row in self.rows if row.model == model), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        values = {"rows": [asdict(row) for row in self.rows], "examples": self.examples, "tokens": self.tokens}
+        """Return plain JSON values; a loss that is not finite becomes null."""
+        values = {"rows": [_finite(row) for row in self.rows], "examples": self.examples, "tokens": self.tokens}
         values |= {"cut_examples": self.cut_examples, "dataset": self.dataset}
         values |= {} if self.protocol is None else {"protocol": dict(self.protocol)}
         return values | ({} if self.provenance is None else {"provenance": self.provenance.to_dict()})
+
+
+def _finite(row: EvaluationRow) -> dict[str, Any]:
+    return asdict(row) | ({} if math.isfinite(row.loss) else {"loss": None, "perplexity": None})
 
 
 def evaluate(
@@ -125,7 +133,8 @@ def evaluate(
         protocol: follow one of `loram_hub.evaluation.PROTOCOLS`, which fixes how much is read, in which layout, and
             how it is cut; `paper` is LoRAM's.
         identify: also record what was measured, so that it can be repeated: commits and hashes (for a local base its
-            weights are read once more), settings, versions.
+            weights are read once more), settings, versions. A dataset on the Hub is read at one commit, except in
+            offline mode, where none can be asked for.
 
     Returns:
         One row per model.
@@ -140,13 +149,13 @@ def evaluate(
         >>> from loram_hub import evaluate  # doctest: +SKIP
         >>> evaluate("held_out.jsonl", base="org/model", recovered="out/recovered").to_dict()  # doctest: +SKIP
     """
-    if batch_size < 1:
-        raise InvalidRequestError(f"batch_size is {batch_size}; at least 1 sequence is needed.")
+    check_losses(data, protocol=protocol, max_tokens=max_tokens, limit=limit, batch_size=batch_size)
     subjects = find_subjects(
         base=base, release=release, adapter=adapter, recovered=recovered, allow_base_mismatch=allow_base_mismatch
     )
     where = placement(device, dtype)
-    read = _read(data, protocol, max_tokens=max_tokens, limit=limit)
+    pinned, commit = _pinned(data) if identify and protocol is None else (data, None)
+    read = _read(pinned, protocol, max_tokens=max_tokens, limit=limit)
     encoded, cut_examples = encode_examples(
         read.examples,
         open_tokenizer(subjects),
@@ -154,9 +163,9 @@ def evaluate(
         cut="start of prompt" if protocol is None else "end",
     )
     settings = {
-        **_data_settings(data),
+        **_data_settings(data, commit if read.protocol is None else read.protocol["commit"], read.examples),
         "max_tokens": read.max_tokens, "limit": limit, "batch_size": batch_size, "device": device or "cpu",
-        "dtype": str(where.dtype).removeprefix("torch."),
+        "dtype": str(where.dtype).removeprefix("torch."), "allow_base_mismatch": allow_base_mismatch,
     }  # fmt: skip
     rows: list[EvaluationRow] = []
     if subjects.base is not None:
@@ -176,14 +185,50 @@ def evaluate(
     )
 
 
-def _data_settings(data: Specification) -> dict[str, str]:
-    """Name the data: a Hub id as it was given, a file by its name and hash; a list or folder has neither."""
+def check_losses(
+    data: Specification, *, protocol: str | None, max_tokens: int | None, limit: int | None, batch_size: int
+) -> None:
+    """Refuse what `evaluate` could not measure, before anything is read; arguments and errors are its own."""
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise InvalidRequestError(f"batch_size is {batch_size} and limit {limit}; both are at least 1.")
+    followed = None if protocol is None else protocol_named(protocol)
+    if followed is not None and (max_tokens is not None or limit is not None):
+        raise InvalidRequestError(
+            f"The protocol {protocol!r} itself says how much is read: {followed.records:,} records, "
+            f"{followed.max_tokens} tokens. Leave out max_tokens and limit, or the protocol."
+        )
+    if _is_missing_file(data):
+        raise InvalidRequestError(f"{data} is no file or folder that exists.")
+
+
+def _is_missing_file(data: Specification) -> bool:
+    return (
+        isinstance(data, str | os.PathLike) and Path(data).suffix in SUFFIXES and not Path(data).expanduser().exists()
+    )
+
+
+def _pinned(data: Specification) -> tuple[Specification, str | None]:
+    """Name a dataset on the Hub by its commit, so that what is recorded is what is read."""
+    dataset = dataset_id(data)
+    if dataset is None or constants.HF_HUB_OFFLINE:
+        return data, None
+    revision = str(data).partition("@")[2]
+    commit = dataset_commit(dataset.partition(":")[0], revision=revision or None)
+    return f"{dataset}@{commit}", commit
+
+
+def _data_settings(data: Specification, commit: str | None, examples: Sequence[Example]) -> dict[str, str | None]:
+    """Name the data: a Hub id as it was given and its commit, a file by its name and hash; and what was read of it."""
+    told = hashlib.sha256()
+    for example in examples:
+        told.update(json.dumps([example.prompt, example.completion]).encode() + b"\n")
+    settings: dict[str, str | None] = {"examples_sha256": told.hexdigest()}
     if not isinstance(data, str | os.PathLike):
-        return {}
+        return settings
     path = Path(data).expanduser()
     if not path.exists():
-        return {"data": str(data)}
-    return {"data": path.name} | ({"data_sha256": sha256_of(path)} if path.is_file() else {})
+        return {"data": str(data), "data_commit": commit, **settings}
+    return {"data": path.name, **({"data_sha256": sha256_of(path)} if path.is_file() else {}), **settings}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,11 +245,6 @@ def _read(data: Specification, protocol: str | None, *, max_tokens: int | None, 
         examples = read_examples(data, limit=limit)
         return _Read(examples=examples, max_tokens=_MAX_TOKENS if max_tokens is None else max_tokens, protocol=None)
     followed = protocol_named(protocol)
-    if max_tokens is not None or limit is not None:
-        raise InvalidRequestError(
-            f"The protocol {protocol!r} itself says how much is read: {followed.records:,} records, "
-            f"{followed.max_tokens} tokens. Leave out max_tokens and limit, or the protocol."
-        )
     found = read_by_protocol(data, followed)
     return _Read(examples=found.examples, max_tokens=followed.max_tokens, protocol=found.origin)
 

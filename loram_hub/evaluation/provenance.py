@@ -17,6 +17,11 @@ from loram_hub.hub import Source
 from loram_hub.manifest import MANIFEST, tool_versions
 from loram_hub.release import open_metadata
 
+_READING = (
+    "added_tokens.json", "chat_template.*", "generation_config.json", "merges.txt", "special_tokens_map.json",
+    "tokenizer*", "vocab.*",
+)  # fmt: skip
+"""Files that decide how text becomes tokens and how answers are drawn."""
 _TOOLS = ("datasets", "lm-eval", "peft", "vllm")
 
 
@@ -32,7 +37,7 @@ class Identity:
     """Commit on the Hub; None for a local folder."""
     files: Mapping[str, str]
     """SHA-256 by name: of a release its manifest, which holds the hashes of all else; of an adapter config and factors;
-    of a base config and weights, or the config alone where a commit names the weights."""
+    of a base config, tokenizer, chat template and weights; without the weights where a commit names them."""
     plan_sha256: str | None = None
     """Of a release: what was kept."""
 
@@ -74,8 +79,8 @@ def _identity(part: str, source: Source | None, files: Callable[[Path], list[Pat
     if source is None:
         return None
     named = files(source.folder)
-    if part == "base" and source.commit is not None:
-        named = [source.folder / CONFIG]
+    if part == "base" and source.commit is None:
+        named += weight_files(source.folder)
     return Identity(
         part=part,
         id=source.id,
@@ -86,7 +91,9 @@ def _identity(part: str, source: Source | None, files: Callable[[Path], list[Pat
 
 
 def _base_files(folder: Path) -> list[Path]:
-    return [folder / CONFIG, *weight_files(folder)]
+    """Return what decides, besides the weights, what a base reads and says."""
+    found = {file for pattern in _READING for file in folder.glob(pattern) if file.is_file()}
+    return [folder / CONFIG, *found]
 
 
 def _adapter_files(folder: Path) -> list[Path]:
