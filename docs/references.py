@@ -64,6 +64,15 @@ ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
+# Types that signatures name and that are no classes.
+ALIASES: Final[Mapping[str, str]] = {
+    "Calibration": "texts.py",
+    "Specification": "texts.py",
+    "Record": "texts.py",
+    "Method": "sparsification/settings.py",
+}
+
+
 def pages() -> dict[str, str]:
     """Return the text of each page by its file name."""
     return {"cli.md": commands_page(), "recipes.md": recipes_page(), "api.md": python_page()}
@@ -212,6 +221,9 @@ def _names() -> Iterator[str]:
         for name in sorted(exported, key=lambda name: (modules.index(homes[name]), name)):
             yield from _entry(name, homes[name], heading=name)
     yield _error_classes()
+    yield "## Types"
+    yield "Names that stand for others in the signatures above."
+    yield "\n".join(_alias(name, module) for name, module in ALIASES.items())
     yield "## From their own modules"
     yield "As in `from loram_hub.reporting import report`."
     for module, names in ELSEWHERE.items():
@@ -243,7 +255,13 @@ def _definition(name: str, module: str) -> tuple[Path, ast.FunctionDef | ast.Cla
 
 
 def _class(name: str, node: ast.ClassDef) -> Iterator[str]:
-    yield from _docstring(node)
+    first, *rest = _docstring(node)
+    yield first
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+            made = _signature(name, method).removesuffix(" -> None")
+            yield from [] if made == f"{name}()" else [_fence("python", made)]
+    yield from rest
     if fields := "\n".join(_fields(node)):
         yield fields
     for method in node.body:
@@ -292,6 +310,22 @@ def _argument(argument: ast.arg, default: ast.expr | None) -> str:
     annotation = f": {ast.unparse(argument.annotation)}" if argument.annotation is not None else ""
     equals = " = " if annotation else "="
     return argument.arg + annotation + (f"{equals}{ast.unparse(default)}" if default is not None else "")
+
+
+def _alias(name: str, file: str) -> str:
+    """Return what a type's name stands for, and the text below it, if there is one."""
+    body = ast.parse((ROOT / "loram_hub" / file).read_text(encoding="utf-8")).body
+    for node, following in pairwise([*body, None]):
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if not (isinstance(target, ast.Name) and target.id == name and isinstance(node, ast.Assign | ast.AnnAssign)):
+            continue
+        value = node.value
+        stands_for = str(value.value) if isinstance(value, ast.Constant) else ast.unparse(value) if value else ""
+        text = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = ": " + _text(_joined([str(following.value.value)]))
+        return f"- `{name} = {stands_for}`{text}"
+    raise ValueError(f"loram_hub/{file} has no {name}")
 
 
 def _error_classes() -> str:

@@ -160,8 +160,9 @@ def _row(kind: Any, model: str, seed: int, loss: float) -> Row:
     is_loram = kind == "loram"
     return Row(
         study="tiny", cell=f"{('base', 'plain', 'whole layers', 'loram').index(kind)}{seed}".rjust(12, "a"), kind=kind,
-        method="stru" if is_loram else "", ratio=0.5 if is_loram else None, alignment_steps=0, alignment_tokens=0,
-        quantization="", masked=False, data="" if kind == "base" else "tasks", seed=seed,
+        method="stru" if is_loram else "", ratio=0.5 if is_loram else None,
+        importance="taylor" if is_loram else "", pattern="", alignment_steps=0, alignment_tokens=0, quantization="",
+        masked=False, data="" if kind == "base" else "tasks", seed=seed,
         parameters=60 if is_loram else 100, model=model, held_out="held-out tasks", in_domain=True, loss=loss,
         tokens=500, making_seconds=None, tuning_seconds=None if kind == "base" else 2.0,
         peak_memory_bytes=None if kind == "base" else 10**8, threads=1,

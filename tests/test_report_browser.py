@@ -183,8 +183,24 @@ def test_a_report_that_lacks_most_of_its_data_shows_nothing_wrong(
 ) -> None:
     written = report([page_file.parent / "evaluation.json"], tmp_path / "report.html")
     assert len(written.missing) > 5
+    assert written.path.read_text().count("<h2 ") == len(written.sections) + 1  # all that lacks data is in one section
 
     assert problems(browser, written.path, scheme=scheme, width=390) == []
+
+
+def test_on_paper_nothing_is_cut_off(browser: Browser, page_file: Path) -> None:
+    page = browser.new_page(viewport={"width": 718, "height": 1000})  # A4 within its margins
+    page.emulate_media(media="print")
+    page.goto(page_file.as_uri())
+    cut_off = """() => [...document.querySelectorAll('.scroll, .picture')]
+      .filter(box => box.checkVisibility() && box.scrollWidth > box.clientWidth + 1)
+      .map(box => `${box.getAttribute('aria-label')}: ${box.scrollWidth} > ${box.clientWidth}`)"""
+
+    assert page.evaluate(cut_off) == []
+    assert page.evaluate("() => [...document.querySelectorAll('summary')].every(shown => shown.checkVisibility())")
+    _unfold(page)  # as one who wants the numbers on paper does
+    assert page.evaluate(cut_off) == []
+    page.close()
 
 
 def test_names_of_strangers_are_text(browser: Browser, page_file: Path) -> None:

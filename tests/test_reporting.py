@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,13 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from pipeline_materials import save_texts, tiny_recipe
 from report_materials import LAYERS, Sources, run_record, save_sources, scores_of
 from safetensors.numpy import load_file
 
+from loram_hub.cards.numbers import finite
+from loram_hub.cards.pictures import alignment_curve, curve_styles, held_out_curves
 from loram_hub.cli import main
 from loram_hub.errors import (
     AccessError,
@@ -32,17 +37,20 @@ from loram_hub.errors import (
     PlanMismatchError,
     VerificationError,
 )
-from loram_hub.files import dump_json, read_json
+from loram_hub.files import dump_json, read_json, sha256_of
 from loram_hub.importance.stored import StoredScores, write_scores
 from loram_hub.plan import Plan
 from loram_hub.release import open_metadata
-from loram_hub.reporting import report
+from loram_hub.reporting import drawings, report
 from loram_hub.reporting.contents import Contents, Part, Section, Table
 from loram_hub.reporting.gathering import gather
 from loram_hub.reporting.page import render_page
-from loram_hub.reporting.release_sections import importance_section
+from loram_hub.reporting.release_sections import importance_section, memory_section
+from loram_hub.reporting.releases import importance_facts
+from loram_hub.reporting.reporting import contents_of
 from loram_hub.reporting.trainings import run_facts
-from loram_hub.reporting.tuning_sections import recovery_section
+from loram_hub.reporting.tuning_sections import norms_section, recovery_section
+from loram_hub.reporting.wording import without_folders
 
 SECTIONS = (
     "Before and after recovery",
@@ -391,7 +399,8 @@ def test_a_run_that_is_going_on_is_read_from_its_newest_checkpoint(tmp_path: Pat
     facts = run_facts(run, name="run")
 
     assert (facts.is_finished, facts.step, facts.release) == (False, 10, "org/release")
-    assert [step for step, _ in facts.curves.training] == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert [step for step, _ in facts.curves.training] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert [step for step, loss in facts.curves.training if np.isnan(loss)] == [1]
 
 
 @pytest.mark.parametrize(
@@ -401,7 +410,7 @@ def test_a_run_that_is_going_on_is_read_from_its_newest_checkpoint(tmp_path: Pat
         "none",
         [None, 3, "x", [1, 2]],
         [{"step": "1", "loss": 2.0}, {"step": 2, "loss": "2.0"}, {"step": -1, "loss": 1.0}],
-        [{"step": True, "loss": 2.0}, {"step": 3, "loss": True}, {"step": 10**30, "loss": 1}],
+        [{"step": True, "loss": 2.0}, {"step": 3, "loss": True}, {"step": 10**400, "loss": 1}],
         [{"step": 1, "eval_x_loss": [1]}, {"step": 1, "eval__loss": {"a": 1}}],
         [{"loss": 1.0}, {"step": 1}],
     ],
@@ -492,6 +501,27 @@ def test_an_earlier_page_is_replaced_only_if_asked_for(sources: Sources, tmp_pat
     assert {path.name for path in (tmp_path / "report_files").iterdir()} == {"mine.png", "recovery.png"}
 
 
+def test_overwriting_removes_what_the_earlier_page_shows_and_nothing_else(sources: Sources, tmp_path: Path) -> None:
+    page, files, own = tmp_path / "report.html", tmp_path / "report_files", tmp_path / "figures"
+    report([sources.evaluation, sources.run], page)
+    for name in ("importance.png", "training-final.png", "study-1.png"):  # as pictures of other reports are called
+        (files / name).write_bytes(b"mine")
+    own.mkdir()
+    shutil.copy(files / "training.png", own / "training.png")
+
+    report([sources.evaluation], page, overwrite=True)
+    assert {path.name for path in files.iterdir()} == {
+        "recovery.png", "importance.png", "training-final.png", "study-1.png",
+    }  # fmt: skip
+
+    report([sources.run], page, overwrite=True)
+    (files / "training.png").write_bytes(b"drawn anew by hand")
+    report([sources.evaluation], page, overwrite=True, pictures=own)
+    assert {path.name for path in own.iterdir()} == {"training.png", "recovery.png"}
+    report([sources.evaluation], page, overwrite=True)
+    assert (files / "training.png").read_bytes() == b"drawn anew by hand"
+
+
 def test_requests_that_make_no_sense_are_refused_before_anything_is_written(sources: Sources, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
@@ -569,3 +599,221 @@ def test_reports_need_no_torch(sources: Sources) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     assert run.returncode == 0, run.stderr
+
+
+def measured(sources: Sources, tmp_path: Path, *, release: str, recovered: str, name: str = "measured.json") -> Path:
+    """Write an evaluation that says which files it is of; 'ours' stands for the hash of the files that are here."""
+    hashes = {
+        "loram.json": sha256_of(sources.release / "loram.json") if release == "ours" else release,
+        "adapter_model.safetensors": sha256_of(sources.recovered / "adapter_model.safetensors")
+        if recovered == "ours"
+        else recovered,
+    }
+    parts = [
+        {"part": part, "id": f"org/{part}-<b>", "commit": None, "files": {file: digest}}
+        for part, (file, digest) in zip(("release", "recovered"), hashes.items(), strict=True)
+    ]
+    provenance = {"parts": parts, "settings": {"max_tokens": 512}, "versions": {"torch": "2.13.0"}}
+    values = read_json(sources.evaluation) | {"provenance": provenance}
+    base = values["rows"][0]["parameters"]
+    [adapter] = gather([sources.recovered]).adapters
+    for row in values["rows"]:
+        if row["model"] == "base + recovered adapter":
+            row["parameters"] = base + adapter.parameters
+    (tmp_path / name).write_text(dump_json(values))
+    return tmp_path / name
+
+
+def test_an_evaluation_of_these_files_is_told_from_one_of_others(sources: Sources, tmp_path: Path) -> None:
+    own = measured(sources, tmp_path, release="ours", recovered="ours")
+    other = measured(sources, tmp_path, release="f" * 64, recovered="e" * 64, name="other.json")
+    silent = sources.evaluation
+
+    facts = gather([sources.release, sources.recovered], evaluations=[other, silent, own])
+    contents = contents_of(facts)
+
+    said = [sentence for sentence in contents.lead if "held-out tokens" in sentence]
+    assert said[0].startswith(
+        "By other.json, on 1,234 held-out tokens, another adapter than this report's, org/recovered-<b>, lowers"
+    )
+    assert "an adapter that it does not name" in said[1]
+    assert said[2].startswith("By measured.json, on 1,234 held-out tokens, recovered lowers the loss of the base")
+    [figure] = [figure for figure in contents.key_figures if figure.label == "held-out loss"]
+    assert figure.note == "base with recovered; base alone: 3.0000; measured.json"
+    paragraphs = [" ".join(part.paragraphs) for part in contents.sections[0].parts]
+    assert "other files than those of this report: release org/release-<b> (loram.json ffffffffffff)" in paragraphs[0]
+    assert "does not say which files" in paragraphs[1]
+    assert "the very files of this report: release release and recovered adapter recovered" in paragraphs[2]
+
+
+def test_what_was_measured_how_is_among_the_provenance(sources: Sources, tmp_path: Path) -> None:
+    own = measured(sources, tmp_path, release="d" * 64, recovered="ours")
+
+    tables = seen(report([own, sources.study], tmp_path / "report.html").path).tables
+
+    rows = {name: text for name, text in tables["The evaluation"]}
+    assert rows["release"] == "org/release-<b>"
+    assert rows["SHA-256 of its loram.json"] == "d" * 64
+    assert (rows["max_tokens"], rows["measured with"]) == ("512", "torch 2.13.0")
+    assert ["seeds", "0, 1"] in tables["The study"]
+
+
+def test_an_evaluation_of_an_adapter_of_another_size_is_called_one(sources: Sources) -> None:
+    facts = gather([sources.recovered, sources.evaluation])
+
+    assert "of another adapter than recovered" in " ".join(recovery_section(facts).parts[0].paragraphs)
+    assert "none of this report's" in " ".join(contents_of(facts).lead)
+
+
+def run_on(sources: Sources, folder: Path, **changes: Any) -> Path:
+    """Write the record of a run on the release, with changes to its recipe."""
+    record = run_record("release", "d")
+    record["release"]["plan_sha256"] = open_metadata(sources.release).plan.digest
+    record["recipe"] |= changes
+    folder.mkdir()
+    starts = [{"step": 0, "processes": 2, "micro_batch": 4}]
+    (folder / "finetune.json").write_text(dump_json(record | {"starts": starts}))
+    return folder
+
+
+def test_the_estimate_is_that_of_all_the_settings_of_the_run(sources: Sources, tmp_path: Path) -> None:
+    lora = {"r": 4, "dropout": 0.0, "targets": ["q_proj"], "masked": None}
+    memory = {"gradient_checkpointing": False, "optimizer": "adamw_torch", "embedding": "cpu", "lm_head": "nf4"}
+    facts = gather([sources.release, run_on(sources, tmp_path / "run", lora=lora, memory=memory)])
+
+    shape = facts.runs[0].shape
+
+    assert shape is not None
+    assert (shape.targets, shape.dropout, shape.optimizer) == (("q_proj",), 0, "adamw_torch")
+    assert not shape.checkpointing
+    assert (shape.options.embedding, shape.options.lm_head, shape.processes) == ("cpu", "nf4", 2)
+    [text] = memory_section(facts).parts[0].paragraphs
+    assert "rank 4 on q_proj, dropout 0, adamw_torch, without gradient checkpointing, embedding: cpu" in text
+    assert "as run trained" in text
+
+
+@pytest.mark.parametrize("lora", [{"r": 4, "targets": ["no_such_module"]}, {"r": 10**400}, {"r": "4"}, [1], None])
+def test_a_run_whose_settings_cannot_be_estimated_leaves_the_defaults(
+    sources: Sources, tmp_path: Path, lora: object
+) -> None:
+    facts = gather([sources.release, run_on(sources, tmp_path / "run", lora=lora)])
+
+    [text] = memory_section(facts).parts[0].paragraphs
+    assert "with the default settings" in text
+
+
+def test_a_run_on_another_release_of_the_same_plan_is_not_estimated(sources: Sources, tmp_path: Path) -> None:
+    shutil.copytree(sources.release, tmp_path / "in-nf4")
+    facts = gather([tmp_path / "in-nf4", run_on(sources, tmp_path / "run")])
+
+    assert "with the default settings" in memory_section(facts).parts[0].paragraphs[0]
+
+
+def test_a_run_that_diverged_shows_where(tmp_path: Path) -> None:
+    losses: list[Any] = [3.0, 2.0, None, 10**400, 2.5, "2.0", *[2.0] * 60]
+    history = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+    history += [{"step": 2, "eval_x_loss": None}, {"step": 4, "eval_x_loss": 2.0}]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "finetune.json").write_text(dump_json(run_record("org/r", "d") | {"history": history}))
+
+    found = seen(report([tmp_path / "run"], tmp_path / "report.html").path)
+
+    assert "2 of its 65 training losses are not finite" in found.text
+    assert "Not finite: 2 of 65 losses in training and 1 of 2 losses on x." in found.text
+    [table] = [rows for caption, rows in found.tables.items() if caption.startswith("Losses of the fine-tuning")]
+    assert [row[:2] for row in table if row[0] == "3"] == [["3", "not finite"]]
+
+
+def test_the_adapter_to_compare_with_keeps_its_place(sources: Sources, tmp_path: Path) -> None:
+    others = [shutil.copytree(sources.recovered, tmp_path / name / "recovered") for name in "abcde"]
+
+    facts = gather([sources.release, *others], compare=sources.plain)
+    [part] = norms_section(facts).parts
+
+    assert [adapter.name for adapter in facts.adapters[:2]] == ["a/recovered", "b/recovered"]
+    assert "Not shown, since 4 adapters lie side by side at most: d/recovered and e/recovered." in part.paragraphs
+    for figure in part.figures:
+        assert "plain LoRA: plain" in figure.alt
+        assert "c/recovered" in figure.alt
+
+
+def test_the_caller_can_name_the_model_of_an_adapter(sources: Sources, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(layers=LAYERS)))
+
+    [without] = gather([sources.plain]).adapters
+    [named] = gather([sources.plain], base=tmp_path).adapters
+
+    assert without.norms is None
+    assert named.norms is not None
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        gather([sources.plain], base=tmp_path / "..")
+
+
+def test_the_hub_is_asked_once_for_what_an_adapter_names(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_response(503)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        template = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        [adapter] = gather([sources.plain]).adapters
+        server.shutdown()
+
+    assert asked == ["/org/base/resolve/main/config.json"]
+    assert "The Hub answered 503 for org/base" in (adapter.why_no_norms or "")
+
+
+def test_a_legend_names_what_only_a_later_panel_has(sources: Sources) -> None:
+    plan = open_metadata(sources.release).plan
+    scores = scores_of(plan)
+    bands = importance_facts(scores, name="s", method=None, releases=gather([sources.release]).releases).bands
+    nothing = replace(bands["kv_heads"], pruned=np.full_like(bands["kv_heads"].pruned, np.nan))
+    names: list[str] = []
+
+    def note(picture: Figure) -> bytes:
+        legend = picture.axes[0].get_legend()
+        names.extend(text.get_text() for text in ([] if legend is None else legend.get_texts()))
+        return b""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawings, "png", note)
+        drawings.importance_picture({"kv_heads": nothing, "channels": bands["channels"]})
+
+    assert names == ["kept", "pruned"]
+
+
+def test_each_of_eight_curves_has_a_colour_and_a_marker_of_its_own() -> None:
+    styles = curve_styles([str(number) for number in range(8)])
+
+    assert len({colour for colour, _ in styles.values()}) == len({marker for _, marker in styles.values()}) == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cannot open /home/Jane Doe/models/base: no such file", "cannot open base: no such file"),
+        (r"'C:\Users\Jane\m' is none", "'m' is none"),
+        ("../../secret/x", "x"),
+        ("org/model at https://huggingface.co/org/model", "org/model at https://huggingface.co/org/model"),
+    ],
+)
+def test_where_things_lie_is_left_out_of_messages(text: str, shown: str) -> None:
+    assert without_folders(text) == shown
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("nan"), float("inf"), 1e300, True, "1", None, [1]])
+def test_what_is_no_number_of_use_is_none_in_any_file(value: object) -> None:
+    assert finite(value) is None
+    assert alignment_curve({"losses": [[0, value], [1, 1.0]]}) == ()
+    assert alignment_curve({"losses": [[value, 2.0], [1, 1.0]]}) == ()
+    assert held_out_curves({"held_out": [[0, {"x": value}], [value, {"x": 1.0}], [1, {"x": 1.0}]]}) == {"x": ((1, 1),)}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loram_hub.architecture import Space
+from loram_hub.cards.numbers import finite
 from loram_hub.errors import MissingDependencyError
 from loram_hub.plan import Plan
 
@@ -33,7 +33,9 @@ _MAX_NAME = 40
 _NOISY_POINTS = 50
 """From so many on, a curve is shown with its running mean."""
 _INK, _LIGHT = "#1f3a5f", "#b9c6d8"
-_COLOURS = ("#c0504d", "#4f8a5b", "#b5862c", "#7b5ea7")
+# As many as there are curves at most, each with a marker of its own: colours alone do not reach everyone.
+_COLOURS = ("#d55e00", "#009e73", "#7b3fa0", "#b8860b", "#2a8fd0", "#cc5f9d", "#7a4a21", "#6b7a1e")
+_MARKERS = "os^DvPX*"
 
 Curve = tuple[tuple[float, float], ...]
 """(step, loss) pairs."""
@@ -102,10 +104,8 @@ def held_out_curves(alignment: Mapping[str, object] | None) -> dict[str, Curve]:
 def _point(pair: object) -> tuple[float, float] | None:
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         return None
-    numbers = [value for value in pair if isinstance(value, int | float) and not isinstance(value, bool)]
-    if len(numbers) != 2 or not all(math.isfinite(value) and abs(value) < 1e12 for value in numbers):
-        return None
-    return float(numbers[0]), float(numbers[1])
+    step, loss = finite(pair[0]), finite(pair[1])
+    return None if step is None or loss is None else (step, loss)
 
 
 def alignment_picture(curve: Curve, held_out: Mapping[str, Curve] | None = None) -> bytes:
@@ -130,7 +130,7 @@ def draw_losses(axes: Axes, curve: Curve, held_out: Mapping[str, Curve]) -> None
 
     Args:
         axes: to draw into.
-        curve: (step, loss in nats per token) in training.
+        curve: (step, loss in nats per token) in training. A loss that is NaN breaks the line, here and in the next.
         held_out: the same on held-out texts, by corpus; names may be untrusted.
     """
     if curve:
@@ -139,14 +139,21 @@ def draw_losses(axes: Axes, curve: Curve, held_out: Mapping[str, Curve]) -> None
         axes.plot(steps, losses, color=_LIGHT if is_noisy else _INK, linewidth=0.8 if is_noisy else 1.6, label="train")
         if is_noisy:
             axes.plot(steps, _running_mean(losses), color=_INK, linewidth=1.6, label="train, running mean")
-    for colour, (corpus, points) in zip(itertools.cycle(_COLOURS), held_out.items()):
+    styles = curve_styles(held_out)
+    for corpus, points in held_out.items():
         steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, color=colour, linewidth=1.2, marker="o", markersize=3.5, label=_legend_name(corpus))
+        colour, marker = styles[corpus]
+        axes.plot(steps, losses, color=colour, linewidth=1.2, marker=marker, markersize=4, label=_legend_name(corpus))
     axes.set_ylabel("loss (nats per token)")
     _tidy(axes)
     if held_out:
         for text in axes.legend(fontsize=8, frameon=False).get_texts():
             text.set_parse_math(False)  # a name with $ in it is no formula
+
+
+def curve_styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return colour and marker of each held-out curve, as `draw_losses` has them."""
+    return dict(zip(names, itertools.cycle(zip(_COLOURS, _MARKERS, strict=True))))
 
 
 def draw_rates(axes: Axes, rates: Curve) -> None:
@@ -164,13 +171,16 @@ def _tidy(axes: Axes) -> None:
 
 
 def _running_mean(losses: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Average over a window around each point, which is cut at both ends."""
+    """Average over a window around each point, which is cut at both ends; NaN where the point is."""
     half = max(1, len(losses) // 100)
-    sums = np.concatenate([[0.0], np.cumsum(losses)])
+    values = np.asarray(losses, dtype=np.float64)
+    is_finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(is_finite)])
     middle = np.arange(len(losses))
     low, high = np.maximum(middle - half, 0), np.minimum(middle + half + 1, len(losses))
-    mean: npt.NDArray[np.float64] = (sums[high] - sums[low]) / (high - low)
-    return mean
+    mean = (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1)
+    return np.where(is_finite, mean, np.nan)
 
 
 def _legend_name(corpus: str) -> str:

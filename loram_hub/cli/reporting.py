@@ -34,8 +34,14 @@ if TYPE_CHECKING:
 @click.option(
     "--pictures", type=click.Path(path_type=Path), help="Folder for the pictures as PNG. Default: <page>_files."
 )
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="Folder or Hub id of the model that adapters are for, where no release that is given and not the Hub's cache "
+    "has its config. Without it the Hub is asked once for what the adapter names.",
+)
 @click.option("--title", help="Of the page. Default: one that names the first source.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier page and its pictures.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier page and the pictures that it shows.")
 @click.option("--dry-run", is_flag=True, help="Read everything and say what would be shown, without writing.")
 @click.option("--token", help="Hub token; by default HF_TOKEN, or the one you are logged in with.")
 @json_option

@@ -3,6 +3,7 @@
     recipe, presets       what is asked for
     materials             the release and its tokenizer, opened;  processes: who trains together, and where
     sizing, schedule      micro-batch by the estimate;  steps and intervals
+    shapes                what the estimate needs to know of a recipe, or of the record of a run
     preparing             everything that can go wrong, looked at before the weights are loaded
     runs                  the folder of a run
     loading, arguments    model and settings in the words of transformers, PEFT and TRL

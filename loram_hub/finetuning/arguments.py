@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig
 from trl.trainer.sft_config import SFTConfig
 
-from loram_hub.estimation import Optimizer
 from loram_hub.finetuning.materials import Materials
 from loram_hub.finetuning.processes import Processes
 from loram_hub.finetuning.recipe import FinetuneRecipe
 from loram_hub.finetuning.schedule import Schedule
+from loram_hub.finetuning.shapes import optimizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,13 +90,6 @@ def trainer_arguments(
         fsdp_config=fsdp_settings(model, checkpointing=recipe.gradient_checkpointing) if is_fsdp else None,
         **evaluation,
     )
-
-
-def optimizer_of(recipe: FinetuneRecipe, *, on_cuda: bool) -> Optimizer:
-    """Return the optimizer's name in transformers."""
-    if recipe.optimizer != "auto":
-        return recipe.optimizer
-    return "paged_adamw_8bit" if on_cuda else "adamw_torch"
 
 
 def fsdp_settings(model: PreTrainedModel, *, checkpointing: bool) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from loram_hub.errors import ResourceError
-from loram_hub.estimation import GpuMemory, TrainingShape, gpu_memory
-from loram_hub.finetuning.arguments import optimizer_of
+from loram_hub.estimation import GpuMemory, gpu_memory
 from loram_hub.finetuning.materials import Materials
 from loram_hub.finetuning.processes import Processes
 from loram_hub.finetuning.recipe import FinetuneRecipe
 from loram_hub.finetuning.schedule import largest_micro_batch, share_of
+from loram_hub.finetuning.shapes import training_shape
 from loram_hub.fitting import Fit, Subject, fit_of
 
 _MOST = 16
@@ -101,16 +101,11 @@ def _fit(recipe: FinetuneRecipe, materials: Materials, processes: Processes, mic
         stored_bytes=None,
         is_sparse=release.is_sparse,
     )
-    shape = TrainingShape(
-        sequence_length=recipe.training.max_tokens,
+    shape = training_shape(
+        recipe,
         micro_batch=micro_batch,
-        rank=recipe.lora.r,
-        targets=tuple(sorted({module.rpartition(".")[2] for module in materials.modules})),
-        dropout=recipe.lora.dropout,
-        optimizer=optimizer_of(recipe, on_cuda=True),  # what it will be on the GPU
-        checkpointing=recipe.gradient_checkpointing,
-        options=recipe.memory_options,
         processes=processes.size,
-        masked_lora=materials.is_masked,
+        is_masked=materials.is_masked,
+        modules=materials.modules,
     )
     return fit_of(subject, shape, gpu)

@@ -12,7 +12,9 @@ from loram_hub.hub.fetching import ADAPTER_FILES as ADAPTER_FILES
 from loram_hub.hub.fetching import CHECKPOINT_FILES as CHECKPOINT_FILES
 from loram_hub.hub.fetching import METADATA_FILES as METADATA_FILES
 from loram_hub.hub.fetching import Source as Source
+from loram_hub.hub.fetching import ask_once as ask_once
 from loram_hub.hub.fetching import cached_commits as cached_commits
+from loram_hub.hub.fetching import cached_config as cached_config
 from loram_hub.hub.fetching import fetch_release as fetch_release
 from loram_hub.hub.fetching import is_fetched as is_fetched
 from loram_hub.hub.fetching import resolve as resolve

@@ -13,8 +13,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import build_hf_headers, filter_repo_objects, hf_raise_for_status, validate_repo_id
 
 from loram_hub.checkpoint import COMPANIONS
 from loram_hub.digests import check_once, git_sha1_of, remembered_sha256
@@ -37,6 +46,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "loram.json
 
 # How huggingface_hub lays its cache out. Hub names may hold single hyphens, never two in a row.
 _SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
+_SHORT_WAIT = 10.0
+"""Seconds that the Hub has to answer where its answer can be done without."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 
@@ -186,6 +197,44 @@ def cached_commits(name: str, cache_dir: str | os.PathLike[str] | None = None) -
             # Of the link: its blob may have come with an earlier commit.
             arrived[commit] = max(arrived.get(commit, 0.0), weights.lstat().st_mtime)
     return sorted(arrived, key=lambda commit: (-arrived[commit], commit))
+
+
+def cached_config(name: str, *, revision: str | None = None) -> Path | None:
+    """Return the `config.json` of a Hub id as this machine's cache has it; None if it has none. Asks nobody.
+
+    Args:
+        name: what may be a Hub id.
+        revision: branch, tag or commit; None for the default branch.
+    """
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def ask_once(name: str, file: str, *, revision: str | None = None, token: str | bool | None = None) -> None:
+    """Ask the Hub for a file with a single request and a short wait, for what may as well be left out.
+
+    Args:
+        name: Hub id.
+        file: in its repository.
+        revision: branch, tag or commit; None for the default branch.
+        token: of the Hub.
+
+    Raises:
+        CheckpointError: no possible Hub id.
+        AccessError: the Hub refused, could not be reached, or does not answer now.
+    """
+    with access_errors(name):
+        validate_repo_id(name)
+        answer = get_session().head(
+            hf_hub_url(name, file, revision=revision),
+            headers=build_hf_headers(token=clean_token(token)),
+            follow_redirects=True,
+            timeout=_SHORT_WAIT,
+        )
+        hf_raise_for_status(answer)
 
 
 def resolve_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -12,6 +13,7 @@ from loram_hub.adapter import (
     RECORD,
     RECOVERED,
     WEIGHTS,
+    AdapterConfig,
     AdapterRecord,
     adapted_shapes,
     looks_pruned,
@@ -19,8 +21,10 @@ from loram_hub.adapter import (
     parse_config,
     read_record,
 )
+from loram_hub.checkpoint import CONFIG as MODEL_CONFIG
 from loram_hub.errors import AccessError, CheckpointError, InvalidRequestError, PlanMismatchError
 from loram_hub.files import read_json, sha256_of
+from loram_hub.hub import ask_once, cached_config
 from loram_hub.reporting.facts import AdapterFacts, AdapterKind, ReleaseFacts
 from loram_hub.tensors import TensorInfo, read_headers
 from loram_hub.updates import UpdateNorms, update_norms
@@ -33,6 +37,8 @@ def adapter_facts(
     commit: str | None,
     releases: Sequence[ReleaseFacts],
     trained_on: Path | None,
+    base: str | os.PathLike[str] | None,
+    is_compared: bool,
     token: str | bool | None,
 ) -> AdapterFacts:
     """Read an adapter and measure its update.
@@ -43,7 +49,9 @@ def adapter_facts(
         commit: on the Hub.
         releases: at hand; one that the adapter belongs to tells the sizes of its model.
         trained_on: the release that it was trained on, if its run tells.
-        token: of the Hub, which is asked for the config of the adapter's base if no release tells it.
+        base: the model that the caller names.
+        is_compared: whether others are compared with it.
+        token: of the Hub, which is asked, once, for the config of the adapter's base if nothing at hand tells it.
 
     Raises:
         CheckpointError: a file is missing.
@@ -56,7 +64,11 @@ def adapter_facts(
     record = _record_of(folder)
     kind: AdapterKind = "plain LoRA adapter" if pruned is None else "pruned adapter"
     plan = marked_plan(tensors, source=str(folder)) if record is None else record.plan_sha256
-    norms, why_not = _norms(folder, _bases(releases, config.base, plan, trained_on), token)
+    candidates = _bases(releases, config, plan, [path for path in (trained_on, base) if path is not None])
+    norms, why_not = _norms(folder, candidates, token)
+    if norms is None:
+        norms, not_on_hub = _norms_by_hub(folder, config, token)
+        why_not = why_not if base is not None else not_on_hub
     factors = {tensor: info for tensor, info in tensors.items() if FACTOR_NAME.fullmatch(tensor)}
     return AdapterFacts(
         name=name,
@@ -70,7 +82,8 @@ def adapter_facts(
         modules=len(adapted_shapes({tensor: info.shape for tensor, info in factors.items()})),
         parameters=sum(prod(info.shape) for info in factors.values()),
         nbytes=(folder / WEIGHTS).stat().st_size,
-        sha256=sha256_of(folder / WEIGHTS),
+        files={file: sha256_of(folder / file) for file in (CONFIG, WEIGHTS)},
+        is_compared=is_compared,
         norms=norms,
         why_no_norms=why_not,
     )
@@ -87,28 +100,49 @@ def _largest_rank(factors: dict[str, TensorInfo], *, otherwise: int) -> int:
 
 
 def _bases(
-    releases: Sequence[ReleaseFacts], base: str | None, plan: str | None, trained_on: Path | None
-) -> Iterator[Path | None]:
-    """Yield what may tell the sizes of an adapter's model: its release, what it names itself (None), other releases."""
+    releases: Sequence[ReleaseFacts],
+    config: AdapterConfig,
+    plan: str | None,
+    named: Sequence[str | os.PathLike[str]],
+) -> Iterator[str | os.PathLike[str]]:
+    """Yield what may tell the sizes of an adapter's model and is at hand: its release first, others last."""
     own = [
         facts
         for facts in releases
-        if facts.release.plan.digest == plan or (base is not None and base == facts.release.manifest.base.id)
+        if facts.release.plan.digest == plan
+        or (config.base is not None and config.base == facts.release.manifest.base.id)
     ]
     yield from (facts.release.folder for facts in own)
-    yield from (() if trained_on is None else (trained_on,))
-    yield None
+    yield from named
+    if config.base is not None:
+        cached = cached_config(config.base, revision=config.revision)
+        yield from ([] if cached is None else [cached])
     yield from (facts.release.folder for facts in releases if facts not in own)
 
 
 def _norms(
-    folder: Path, bases: Iterator[Path | None], token: str | bool | None
+    folder: Path, bases: Iterator[str | os.PathLike[str]], token: str | bool | None
 ) -> tuple[UpdateNorms | None, str | None]:
-    """Return the norms of an update, or why there are none; the first candidate whose sizes fit is taken."""
+    """Return the norms of an update by the first candidate whose sizes fit, or why there are none."""
     why_not: str | None = None
     for base in bases:
         try:
             return update_norms(folder, base=base, token=token), None
         except (AccessError, CheckpointError, InvalidRequestError, PlanMismatchError) as err:
-            why_not = str(err) if base is None or why_not is None else why_not
+            why_not = str(err) if why_not is None else why_not
     return None, why_not
+
+
+def _norms_by_hub(
+    folder: Path, config: AdapterConfig, token: str | bool | None
+) -> tuple[UpdateNorms | None, str | None]:
+    """Ask for the model that the adapter itself names.
+
+    Whoever wrote the adapter decides what is asked for, and nobody asked for it by name: one request, no second one.
+    """
+    try:
+        if config.base is not None and not Path(config.base).expanduser().exists():
+            ask_once(config.base, MODEL_CONFIG, revision=config.revision, token=token)
+        return update_norms(folder, token=token), None
+    except (AccessError, CheckpointError, InvalidRequestError, PlanMismatchError) as err:
+        return None, str(err)

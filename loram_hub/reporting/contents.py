@@ -83,3 +83,6 @@ class Contents:
     """Sentences that say what it is about."""
     key_figures: tuple[KeyFigure, ...]
     sections: tuple[Section, ...]
+    """Those that show something."""
+    missing: tuple[Section, ...] = ()
+    """Those that have nothing to show: they are listed at the end, with what would fill them."""

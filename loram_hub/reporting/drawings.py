@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loram_hub.architecture import Space
-from loram_hub.cards.pictures import draw_losses, figure, png
+from loram_hub.cards.pictures import curve_styles, draw_losses, figure, png
 from loram_hub.reporting.facts import LossCurves, Numbers, ScoreBands
 from loram_hub.reporting.wording import plain
 from loram_hub.updates import CHANNEL_PARTS, HEAD_PARTS, UpdateNorms
@@ -39,6 +39,8 @@ class Level:
     """Nats per token."""
     label: str
     """Of its own end; untrusted names in it are made plain."""
+    curve: str | None = None
+    """Name of the held-out curve that it belongs to, and whose colour it has; None for none."""
 
 
 def loss_picture(curves: LossCurves, levels: Sequence[Level] = ()) -> bytes:
@@ -46,8 +48,10 @@ def loss_picture(curves: LossCurves, levels: Sequence[Level] = ()) -> bytes:
     with figure(9.0, 3.8) as picture:
         axes = picture.subplots()
         draw_losses(axes, curves.training, curves.held_out)
+        styles = curve_styles(curves.held_out)
         for level, style in zip(levels, itertools.cycle(("--", ":", "-."))):
-            axes.axhline(level.loss, color=_INK, linestyle=style, linewidth=1.2, label=plain(level.label, 60))
+            colour = _INK if level.curve is None else styles[level.curve][0]
+            axes.axhline(level.loss, color=colour, linestyle=style, linewidth=1.2, label=plain(level.label, 60))
         axes.set_xlabel("step")
         _tidy(axes)
         _legend(axes)
@@ -70,7 +74,7 @@ def importance_picture(bands: Mapping[Space, ScoreBands]) -> bytes:
             axes.set_xlabel("layer")
             _tidy(axes)
         picture.axes[0].set_ylabel("importance score")
-        _legend(picture.axes[0])
+        _shared_legend(picture.axes)
         return png(picture)
 
 
@@ -164,6 +168,14 @@ def recovery_picture(losses: Mapping[str, float]) -> bytes:
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
         return png(picture)
+
+
+def _shared_legend(panels: Sequence[Axes]) -> None:
+    """Put what stands in any of the panels into the legend of the first: nothing may have been pruned in that one."""
+    entries = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    panels[0].legend(entries.values(), entries.keys(), fontsize=8, frameon=False)
 
 
 def _legend(axes: Axes) -> None:

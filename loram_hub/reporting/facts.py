@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,6 +17,7 @@ from loram_hub.estimation import SparseCounts, TrainingShape
 from loram_hub.plan import ParameterCounts
 from loram_hub.release import Release
 from loram_hub.studies.aggregation import Results
+from loram_hub.studies.conditions import Conditions
 from loram_hub.updates import UpdateNorms
 
 Numbers = npt.NDArray[np.float64]
@@ -47,7 +49,12 @@ class LossCurves:
     training: Curve
     """(step, nats per token) pairs of the training loss; may be empty."""
     held_out: Mapping[str, Curve]
-    """The same on held-out data, by name."""
+    """The same on held-out data, by name. A loss that was not finite is NaN, here and in training."""
+
+
+def finite_points(points: Curve) -> Curve:
+    """Return the points of a curve whose losses are finite."""
+    return tuple(point for point in points if math.isfinite(point[1]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +77,8 @@ class RunFacts:
     """The folder's name."""
     release: str | None
     """What was trained on, Hub id or a folder's name."""
+    commit: str | None
+    """Its commit on the Hub; None for a folder."""
     plan_sha256: str | None
     """Digest of its plan; None if it is not said."""
     is_finished: bool
@@ -114,8 +123,10 @@ class AdapterFacts:
     """Numbers in all factors."""
     nbytes: int
     """Of the weight file."""
-    sha256: str
-    """Of the weight file."""
+    files: Mapping[str, str]
+    """SHA-256 of config and weights, by file name."""
+    is_compared: bool
+    """Whether it was named as the one that others are compared with."""
     norms: UpdateNorms | None
     """Of its update; None if they could not be computed."""
     why_no_norms: str | None = None
@@ -149,6 +160,24 @@ class ImportanceFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredPart:
+    """A model or adapter, as an evaluation names it."""
+
+    part: str
+    """`base`, `release`, `adapter` or `recovered`."""
+    id: str
+    """Hub id or the name of a folder."""
+    commit: str | None
+    """On the Hub; None for a folder."""
+    files: Mapping[str, str]
+    """SHA-256 by file name."""
+    here: str | None
+    """Name of the release or adapter at hand that has these very files; None if none has."""
+    is_other: bool
+    """Whether there is a release or an adapter of this kind at hand, and none has these files."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationFacts:
     """Measured losses, all on the same tokens."""
 
@@ -156,6 +185,12 @@ class EvaluationFacts:
     """The file's name."""
     evaluation: Evaluation
     """What was measured."""
+    parts: tuple[MeasuredPart, ...]
+    """Models and adapters that it says it measured; empty if it does not say."""
+    settings: tuple[tuple[str, str], ...]
+    """How it was measured, with which versions, to be shown."""
+    misfit: str | None
+    """Why it can be of none of the adapters at hand, by their sizes; None if it can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +212,12 @@ class StudyFacts:
     """The folder's name."""
     results: Results
     """Its rows."""
+    shows: tuple[str, ...] | None
+    """Parts of its page, none for all; None where only its rows are there."""
+    conditions: Conditions | None
+    """Machines, versions and command; None if the folder does not tell them."""
+    has_command: bool
+    """Whether the command is the one that was run, and none put together from the rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

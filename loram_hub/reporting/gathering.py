@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loram_hub.adapter import CONFIG as ADAPTER_CONFIG
 from loram_hub.adapter import parse_config
-from loram_hub.cards.evaluations import read_evaluation
+from loram_hub.cards.numbers import finite
 from loram_hub.errors import InvalidRequestError, VerificationError
 from loram_hub.files import read_json
+from loram_hub.hub import METADATA_FILES, resolve, resolve_config
 from loram_hub.release import is_release
 from loram_hub.reporting.adapters import adapter_facts
 from loram_hub.reporting.facts import (
     AdapterFacts,
     AlignmentFacts,
-    EvaluationFacts,
     Facts,
     ImportanceFacts,
     ReleaseFacts,
@@ -26,6 +26,7 @@ from loram_hub.reporting.facts import (
     StageFacts,
     StudyFacts,
 )
+from loram_hub.reporting.measured import evaluation_facts
 from loram_hub.reporting.releases import importance_facts, release_facts
 from loram_hub.reporting.sources import (
     DEMO_RECORD,
@@ -35,10 +36,9 @@ from loram_hub.reporting.sources import (
     Found,
     find,
 )
+from loram_hub.reporting.studied import study_facts
 from loram_hub.reporting.trainings import aligned_facts, logged_facts, run_facts
 from loram_hub.seals import check_seal
-from loram_hub.studies.aggregation import gather as gather_rows
-from loram_hub.studies.records import read_rows
 
 Name = str | os.PathLike[str]
 
@@ -54,6 +54,7 @@ def gather(
     compare: Name | None = None,
     importance: Name | None = None,
     evaluations: Sequence[Name] = (),
+    base: Name | None = None,
     token: str | bool | None = None,
 ) -> Facts:
     """Read everything that a report is made of.
@@ -63,10 +64,11 @@ def gather(
         compare: an adapter to lay beside the others.
         importance: file of importance scores.
         evaluations: files of `loram eval --json`.
+        base: the model that adapters are for.
         token: of the Hub.
 
     Raises:
-        CheckpointError: a source is nothing that a report can be made of.
+        CheckpointError: a source is nothing that a report can be made of, or `base` no model.
         VerificationError: a file is torn or altered.
         InvalidRequestError: no source, `compare` is no adapter, or an evaluation is malformed.
     """
@@ -78,11 +80,11 @@ def gather(
     compared = None if compare is None else find(compare, token=token)
     if compared is not None and compared.kind not in ("adapter", "run"):
         raise InvalidRequestError(f"{compare} is a {compared.kind}; an adapter to compare with is needed.")
-    reading = _Reading(token=token)
+    reading = _Reading(token=token, base=None if base is None else _model(base, token))
     for one in found:
         reading.read(one)
     for file in evaluations:
-        reading.evaluations.append(_evaluation(Path(file).expanduser()))
+        reading.evaluations.append(_stored(Path(file).expanduser()))
     if importance is not None:
         reading.scores.append(Path(importance).expanduser())
     return reading.finished(compared)
@@ -90,13 +92,15 @@ def gather(
 
 @dataclass(kw_only=True, slots=True)
 class _Reading:
-    """What has been read so far. Adapters and scores come last: they want to know all releases."""
+    """What has been read so far. Adapters, scores and evaluations come last: they want to know all releases."""
 
     token: str | bool | None
+    base: Path | None
     releases: list[ReleaseFacts] = field(default_factory=list)
     alignments: list[AlignmentFacts] = field(default_factory=list)
     runs: list[RunFacts] = field(default_factory=list)
-    evaluations: list[EvaluationFacts] = field(default_factory=list)
+    evaluations: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    """Name and content of each file."""
     studies: list[StudyFacts] = field(default_factory=list)
     stages: list[StageFacts] = field(default_factory=list)
     adapters: list[Found] = field(default_factory=list)
@@ -118,20 +122,26 @@ class _Reading:
             case "demo":
                 self._demo(found)
             case "study":
-                self.studies.append(StudyFacts(name=found.id, results=gather_rows(read_rows(found.path))))
+                self.studies.append(study_facts(found.path, name=found.id))
             case "evaluation":
-                self.evaluations.append(_evaluation(found.path))
+                self.evaluations.append(_stored(found.path))
 
     def finished(self, compared: Found | None) -> Facts:
         """Read what had to wait, and return everything."""
         others = [] if compared is None else [*_adapters_of(compared)]
+        named = _told_apart([*self.adapters, *others])
+        is_compared = [False] * len(self.adapters) + [True] * len(others)
+        adapters = tuple(self._adapter(*pair) for pair in zip(named, is_compared, strict=True))
         return Facts(
             releases=tuple(self.releases),
             alignments=tuple(self.alignments),
             importances=tuple(_importance(file, self.releases) for file in dict.fromkeys(self.scores)),
             runs=tuple(self.runs),
-            adapters=tuple(self._adapter(found) for found in (*self.adapters, *others)),
-            evaluations=tuple(self.evaluations),
+            adapters=adapters,
+            evaluations=tuple(
+                evaluation_facts(values, name=name, releases=self.releases, adapters=adapters)
+                for name, values in self.evaluations
+            ),
             studies=tuple(self.studies),
             stages=tuple(self.stages),
         )
@@ -161,22 +171,24 @@ class _Reading:
             self._log(folder / _ALIGNMENT_RUN, name=f"{found.id}/{_ALIGNMENT_RUN}")
         self.scores += [folder / IMPORTANCE_FILE] if (folder / IMPORTANCE_FILE).is_file() else []
         if (folder / EVALUATION_FILE).is_file():
-            self.evaluations.append(_evaluation(folder / EVALUATION_FILE))
+            self.evaluations.append(_stored(folder / EVALUATION_FILE))
 
     def _demo(self, found: Found) -> None:
         self._release(found.path / "release", name=f"{found.id}/release")
         self.adapters += _adapters_of(found)
         measured = read_json(found.path / DEMO_RECORD).get("evaluation")
         if isinstance(measured, dict):
-            self.evaluations.append(_evaluation_of(measured, name=f"{found.id}/{DEMO_RECORD}"))
+            self.evaluations.append((f"{found.id}/{DEMO_RECORD}", measured))
 
-    def _adapter(self, found: Found) -> AdapterFacts:
+    def _adapter(self, found: Found, is_compared: bool) -> AdapterFacts:
         return adapter_facts(
             found.path,
             name=found.id,
             commit=found.commit,
             releases=self.releases,
             trained_on=found.release,
+            base=self.base,
+            is_compared=is_compared,
             token=self.token,
         )
 
@@ -200,12 +212,27 @@ def _release_of(trained: Path) -> Path | None:
     return Path(named) if named is not None and os.path.isdir(named) and is_release(Path(named)) else None
 
 
-def _evaluation(path: Path) -> EvaluationFacts:
-    return _evaluation_of(read_json(path), name=path.name)
+def _told_apart(adapters: Sequence[Found]) -> list[Found]:
+    """Name adapters whose folders have one name by the folder above as well."""
+    ids = [found.id for found in adapters]
+    return [
+        replace(found, id=f"{Path(os.path.abspath(found.path)).parent.name}/{found.id}")
+        if ids.count(found.id) > 1 and found.commit is None and "/" not in found.id
+        else found
+        for found in adapters
+    ]
 
 
-def _evaluation_of(values: Mapping[str, Any], *, name: str) -> EvaluationFacts:
-    return EvaluationFacts(name=name, evaluation=read_evaluation(values, parameters={}))
+def _model(name: Name, token: str | bool | None) -> Path:
+    """Return where the model that the caller names lies; of a Hub id its config and mask indexes are fetched."""
+    config = resolve_config(name, token=token)
+    if "loram" in read_json(config) and not Path(name).expanduser().exists():
+        return resolve(name, token=token, files=METADATA_FILES).folder
+    return config
+
+
+def _stored(path: Path) -> tuple[str, Mapping[str, Any]]:
+    return path.name, read_json(path)
 
 
 def _importance(file: Path, releases: Sequence[ReleaseFacts]) -> ImportanceFacts:
@@ -223,8 +250,10 @@ def _stages(records: Path) -> list[StageFacts]:
         if not path.is_file():
             continue
         values = check_seal(path, read_json(path))
-        seconds, nbytes = values.get("seconds"), values.get("nbytes")
-        if not (isinstance(seconds, int | float) and isinstance(nbytes, int) and 0 <= nbytes < 2**60):
-            raise VerificationError(f"{path} has {seconds!r:.40} s and {nbytes!r:.40} bytes, which no stage takes.")
-        found.append(StageFacts(name=path.stem, seconds=float(seconds), nbytes=nbytes))
+        seconds, nbytes = finite(values.get("seconds")), values.get("nbytes")
+        if seconds is None or not (isinstance(nbytes, int) and 0 <= nbytes < 2**60):
+            raise VerificationError(
+                f"{path} has {values.get('seconds')!r:.40} s and {nbytes!r:.40} bytes, which no stage takes."
+            )
+        found.append(StageFacts(name=path.stem, seconds=seconds, nbytes=nbytes))
     return found

@@ -7,6 +7,7 @@ also forbids itself, by its Content-Security-Policy, to load or run anything.
 from __future__ import annotations
 
 import base64
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from loram_hub.reporting.contents import Contents
 
 _TEMPLATE, _STYLE = "report.html.j2", "report.css"
 _SIZE = struct.Struct(">II")
+_SHOWN = re.compile(r'<img src="data:image/png;base64,([A-Za-z0-9+/]+={0,2})" data-name="([\w-]+)"')
 _SIZE_AT = 16
 """Where a PNG has its width and height."""
 
@@ -57,6 +59,11 @@ def render_page(contents: Contents, pictures: Mapping[str, bytes]) -> str:
         style=Markup(_packaged(_STYLE).strip()),
         version=metadata.version("loram-hub"),
     )
+
+
+def pictures_of(html: str) -> dict[str, bytes]:
+    """Return the pictures that a page of ours shows, by name; none of a page that is not ours."""
+    return {name: base64.b64decode(content) for content, name in _SHOWN.findall(html)}
 
 
 def _embedded(png: bytes) -> _Embedded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from loram_hub.architecture import Space
 from loram_hub.cards.escaping import visible
 from loram_hub.cards.pictures import kept_groups_picture
+from loram_hub.errors import InvalidRequestError, UnsupportedAdapterError
 from loram_hub.estimation import TrainingShape, gpu_memory, training_memory
 from loram_hub.fitting import Fit, Subject, alternative_text, fit_of
 from loram_hub.fitting.picture import waterfall
@@ -24,8 +26,9 @@ from loram_hub.reporting.facts import (
     ReleaseFacts,
     RunFacts,
     ScoreBands,
+    finite_points,
 )
-from loram_hub.reporting.wording import MISSING, joined, nbytes_text, number, span, thinned
+from loram_hub.reporting.wording import MISSING, count_text, joined, nbytes_text, number, span, thinned
 
 _GPUS = (2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141, 192)
 """Memory of common GPUs in GB; an estimate is held against the smallest that it fits."""
@@ -159,8 +162,8 @@ def alignment_section(facts: Facts) -> Section:
 def _alignment_part(aligned: AlignmentFacts, facts: Facts, idx: int) -> Part:
     levels, notes = [], []
     for corpus, points in aligned.curves.held_out.items():
-        if points[0][0] == 0:
-            levels.append(Level(loss=points[0][1], label=f"unaligned, on {corpus}"))
+        if points[0][0] == 0 and math.isfinite(points[0][1]):
+            levels.append(Level(loss=points[0][1], label=f"unaligned, on {corpus}", curve=corpus))
     base = next((row for one in facts.evaluations if (row := one.evaluation.row("base")) is not None), None)
     if base is not None:
         levels.append(Level(loss=base.loss, label="base, on the data of the evaluation"))
@@ -173,11 +176,26 @@ def _alignment_part(aligned: AlignmentFacts, facts: Facts, idx: int) -> Part:
     figure = Figure(
         name=_named("alignment", idx),
         alt=_alignment_alt(aligned, levels),
-        caption="Loss over the steps of the alignment; horizontal lines show where the unaligned model was.",
+        caption=f"Loss over the steps of the alignment{_level_caption(aligned, levels)}",
         table=curve_table(aligned.curves, "Losses of the alignment"),
         draw=lambda: loss_picture(aligned.curves, levels),
     )
-    return Part(title=visible(aligned.name), paragraphs=tuple(notes), figures=(figure,))
+    broken = broken_text(aligned.curves)
+    return Part(title=visible(aligned.name), paragraphs=(*([broken] if broken else []), *notes), figures=(figure,))
+
+
+def _level_caption(aligned: AlignmentFacts, levels: Sequence[Level]) -> str:
+    """Say what the horizontal lines are, of those that there are, and what breaks are."""
+    named = [
+        *(
+            ["where the unaligned model was, each in its curve's colour"]
+            if any(level.curve for level in levels)
+            else []
+        ),
+        *(["where the base is"] if any(level.curve is None for level in levels) else []),
+    ]
+    lines = f"; horizontal lines show {joined(named)}" if named else ""
+    return f"{lines}.{broken_caption(aligned.curves)}"
 
 
 def _alignment_alt(aligned: AlignmentFacts, levels: Sequence[Level]) -> str:
@@ -198,14 +216,15 @@ def memory_section(facts: Facts) -> Section:
 
 
 def _memory_part(facts: ReleaseFacts, runs: Sequence[RunFacts], idx: int) -> Part:
-    digest = facts.release.plan.digest
-    run = next((run for run in runs if run.shape is not None and run.plan_sha256 == digest), None)
-    shape = TrainingShape() if run is None or run.shape is None else run.shape
-    fit = estimate(facts, shape)
+    run, fit = _fit_of_run(facts, runs)
+    shape = fit.shape
     whose = "with the default settings" if run is None else f"as {visible(run.name)} trained"
     text = (
         f"Estimated for sequences of {shape.sequence_length:,} tokens, micro-batch {shape.micro_batch}, rank "
-        f"{shape.rank}, {whose}. An estimate from formulas, not a measurement."
+        f"{shape.rank} on {_targets_text(shape)}, dropout {shape.dropout:g}, {shape.optimizer}, "
+        f"{'with' if shape.checkpointing else 'without'} gradient checkpointing, embedding: {shape.options.embedding}, "
+        f"lm_head: {shape.options.lm_head}{', activations offloaded' if shape.options.activation_offloading else ''}, "
+        f"{count_text(shape.processes, 'GPU')}, {whose}. An estimate from formulas, not a measurement."
     )
     measured = (
         ""
@@ -220,6 +239,29 @@ def _memory_part(facts: ReleaseFacts, runs: Sequence[RunFacts], idx: int) -> Par
         draw=lambda: waterfall(fit),
     )
     return Part(title=visible(facts.name), paragraphs=(text + measured,), figures=(figure,))
+
+
+def _fit_of_run(facts: ReleaseFacts, runs: Sequence[RunFacts]) -> tuple[RunFacts | None, Fit]:
+    """Return the first run on this release whose settings can be estimated, and the estimate; else of the defaults."""
+    for run in runs:
+        if run.shape is not None and _was_trained_on(run, facts):
+            try:
+                return run, estimate(facts, run.shape)
+            except (InvalidRequestError, UnsupportedAdapterError):  # modules that this model does not have
+                continue
+    return None, estimate(facts, TrainingShape())
+
+
+def _was_trained_on(run: RunFacts, facts: ReleaseFacts) -> bool:
+    """Whether a run names this release. One plan may have several: aligned or not, in NF4 or in 16 bit."""
+    if run.plan_sha256 != facts.release.plan.digest or (run.commit or facts.commit) != (facts.commit or run.commit):
+        return False
+    names = (visible(facts.name), visible(facts.name).rpartition("/")[2]) if facts.commit is None else (facts.name,)
+    return run.release in names
+
+
+def _targets_text(shape: TrainingShape) -> str:
+    return "every projection" if shape.targets is None else joined([visible(target) for target in shape.targets])
 
 
 def estimate(facts: ReleaseFacts, shape: TrainingShape) -> Fit:
@@ -249,14 +291,32 @@ def _memory_table(fit: Fit) -> Table:
 def curve_sentence(curves: LossCurves, what: str) -> str:
     """Say where losses begin and end."""
     said = []
-    if curves.training:
-        first, last = curves.training[0], curves.training[-1]
+    if points := finite_points(curves.training):
+        first, last = points[0], points[-1]
         said.append(
             f"the training loss goes from {first[1]:.4f} at step {first[0]:g} to {last[1]:.4f} at step {last[0]:g}"
         )
-    for name, points in curves.held_out.items():
-        said.append(f"the loss on {visible(name)} from {points[0][1]:.4f} to {points[-1][1]:.4f}")
-    return f"{what}: {joined(said) or 'no losses'}."
+    for name, curve in curves.held_out.items():
+        if points := finite_points(curve):
+            said.append(f"the loss on {visible(name)} from {points[0][1]:.4f} to {points[-1][1]:.4f}")
+    broken = broken_text(curves)
+    return f"{what}: {joined(said) or 'no losses'}.{' ' + broken if broken else ''}"
+
+
+def broken_text(curves: LossCurves) -> str:
+    """Say how many losses were not finite; empty if all were."""
+    said = []
+    for name, points in (("training", curves.training), *curves.held_out.items()):
+        lost = len(points) - len(finite_points(points))
+        if lost:
+            where = "in training" if name == "training" else f"on {visible(name)}"
+            said.append(f"{lost:,} of {len(points):,} losses {where}")
+    return f"Not finite: {joined(said)}." if said else ""
+
+
+def broken_caption(curves: LossCurves) -> str:
+    """Say what a break in a curve is, if there is one."""
+    return " Where a loss was not finite the line is broken." if broken_text(curves) else ""
 
 
 def curve_table(curves: LossCurves, caption: str) -> Table:
@@ -265,7 +325,7 @@ def curve_table(curves: LossCurves, caption: str) -> Table:
     measured = sorted({step for points in curves.held_out.values() for step, _ in points})
     steps = sorted({*thinned(sorted(columns[0])), *thinned(measured)})
     rows = tuple(
-        (f"{step:g}", *(number(column.get(step)) if step in column else MISSING for column in columns))
+        (f"{step:g}", *(_loss_text(column[step]) if step in column else MISSING for column in columns))
         for step in steps
     )
     total = len({step for column in columns for step in column})
@@ -275,6 +335,10 @@ def curve_table(curves: LossCurves, caption: str) -> Table:
         header=("step", "training", *(visible(name) for name in curves.held_out)),
         rows=rows,
     )
+
+
+def _loss_text(loss: float) -> str:
+    return number(loss) if math.isfinite(loss) else "not finite"
 
 
 def _named(stem: str, idx: int) -> str:

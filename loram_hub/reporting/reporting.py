@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from loram_hub.release import is_release
 from loram_hub.reporting.contents import Contents
 from loram_hub.reporting.facts import Facts
 from loram_hub.reporting.gathering import gather
-from loram_hub.reporting.page import render_page
+from loram_hub.reporting.page import pictures_of, render_page
 from loram_hub.reporting.release_sections import (
     alignment_section,
     importance_section,
@@ -31,10 +30,6 @@ from loram_hub.reporting.summary import key_figures, lead, provenance_section, t
 from loram_hub.reporting.tuning_sections import norms_section, recovery_section, training_section
 
 logger = logging.getLogger(__name__)
-
-_PICTURE = re.compile(
-    r"(recovery|kept-groups|importance|alignment|memory|training|(head|channel)-norms|study)(-[\w-]+)?\.png"
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +61,7 @@ def report(
     evaluations: Sequence[str | os.PathLike[str]] = (),
     pictures: str | os.PathLike[str] | None = None,
     title: str | None = None,
+    base: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     token: str | bool | None = None,
@@ -84,7 +80,11 @@ def report(
         evaluations: JSON files of 'loram eval', as among the sources.
         pictures: folder for the pictures as files; None for `<name of the page>_files` beside it.
         title: of the page; None for one that names the first source.
-        overwrite: replace an earlier page and its pictures. Other files in the folder of the pictures stay.
+        base: folder or Hub id of the model that adapters are for, where nothing else here has its config. Without it
+            the releases that are given and the Hub's cache are looked at, then the Hub is asked once for what the
+            adapter names.
+        overwrite: replace an earlier page and its pictures. In `<name of the page>_files` pictures that the earlier
+            page shows, and this one does not, go; every other file stays, and in `pictures` all do.
         dry_run: read everything and say which sections there would be, without writing.
         token: of the Hub.
 
@@ -94,7 +94,7 @@ def report(
     Raises:
         InvalidRequestError: no source; `out` is no HTML file, exists, or lies in a release or an adapter; `compare` is
             no adapter; an evaluation is malformed.
-        CheckpointError: a source is nothing that a report can be made of.
+        CheckpointError: a source is nothing that a report can be made of, or `base` no model.
         VerificationError: a file is torn or altered.
         PlanMismatchError: the importance scores are not those that the release was pruned by.
         MissingDependencyError: matplotlib or jinja2 is not installed.
@@ -108,7 +108,7 @@ def report(
     page = Path(out).expanduser()
     folder = page.with_name(f"{page.stem}_files") if pictures is None else Path(pictures).expanduser()
     _check_place(page, folder, overwrite=overwrite)
-    facts = gather(sources, compare=compare, importance=importance, evaluations=evaluations, token=token)
+    facts = gather(sources, compare=compare, importance=importance, evaluations=evaluations, base=base, token=token)
     contents = contents_of(facts, title=title)
     figures = [figure for section in contents.sections for part in section.parts for figure in part.figures]
     drawn: dict[str, bytes] = {}
@@ -117,34 +117,38 @@ def report(
         drawn = {figure.name: figure.draw() for figure in tqdm(figures, desc="Drawing", unit="picture")}
         html = render_page(contents, drawn).encode()
         nbytes = len(html)
-        _write(page, html, folder, {f"{name}.png": png for name, png in drawn.items()})
+        files = {f"{name}.png": png for name, png in drawn.items()}
+        outdated = _drawn_earlier(page, folder) if pictures is None else []
+        _write(page, html, folder, files, [path for path in outdated if path.name not in files])
         logger.info("%s: %s bytes, %s pictures", page, f"{nbytes:,}", len(drawn))
     return Report(
         path=page,
         pictures=tuple(folder / f"{figure.name}.png" for figure in figures),
-        sections=tuple(section.title for section in contents.sections if section.parts),
-        missing=tuple(section.title for section in contents.sections if not section.parts),
+        sections=tuple(section.title for section in contents.sections),
+        missing=tuple(section.title for section in contents.missing),
         nbytes=nbytes,
     )
 
 
 def contents_of(facts: Facts, *, title: str | None = None) -> Contents:
     """Decide what a page shows, without drawing it."""
+    sections = (
+        recovery_section(facts),
+        kept_section(facts),
+        importance_section(facts),
+        alignment_section(facts),
+        memory_section(facts),
+        training_section(facts),
+        norms_section(facts),
+        *study_sections(facts),
+        provenance_section(facts),
+    )
     return Contents(
         title=title_of(facts) if title is None else title,
         lead=lead(facts),
         key_figures=key_figures(facts),
-        sections=(
-            recovery_section(facts),
-            kept_section(facts),
-            importance_section(facts),
-            alignment_section(facts),
-            memory_section(facts),
-            training_section(facts),
-            norms_section(facts),
-            *study_sections(facts),
-            provenance_section(facts),
-        ),
+        sections=tuple(section for section in sections if section.parts),
+        missing=tuple(section for section in sections if not section.parts),
     )
 
 
@@ -166,16 +170,24 @@ def _check_place(page: Path, folder: Path, *, overwrite: bool) -> None:
         raise InvalidRequestError(f"{taken[0]} exists already. Choose another name, or ask to overwrite it.")
 
 
-def _write(page: Path, html: bytes, folder: Path, pictures: Mapping[str, bytes]) -> None:
-    """Write the pictures, then the page, each in one step; what an earlier report drew and this one does not, goes."""
+def _drawn_earlier(page: Path, folder: Path) -> list[Path]:
+    """Return the pictures that the page shows which is there now: of that name, and of those very bytes."""
+    if not page.is_file() or not folder.is_dir():
+        return []
+    shown = pictures_of(page.read_text(encoding="utf-8", errors="replace"))
+    files = ((folder / f"{name}.png", png) for name, png in shown.items())
+    return [path for path, png in files if path.is_file() and not path.is_symlink() and path.read_bytes() == png]
+
+
+def _write(page: Path, html: bytes, folder: Path, pictures: Mapping[str, bytes], outdated: Sequence[Path]) -> None:
+    """Write the pictures, then the page, each in one step; outdated pictures go."""
     with resource_errors(f"Writing {page}"):
         page.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         for name, png in pictures.items():
             _replace(folder / name, png)
-        for path in folder.iterdir():
-            if _PICTURE.fullmatch(path.name) and path.name not in pictures:
-                path.unlink()
+        for path in outdated:
+            path.unlink(missing_ok=True)
         fsync_folder(folder)
         _replace(page, html)
         fsync_folder(page.parent)

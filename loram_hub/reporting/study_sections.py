@@ -11,7 +11,7 @@ from loram_hub.reporting.facts import Facts, StudyFacts
 from loram_hub.reporting.wording import MISSING
 from loram_hub.studies.aggregation import Results
 from loram_hub.studies.cells import Entry
-from loram_hub.studies.claims import CLAIMS, judge
+from loram_hub.studies.claims import CLAIMS, about_costs, judge
 from loram_hub.studies.figures import study_pictures
 from loram_hub.studies.markdown import spread_text
 from loram_hub.studies.plots import Picture
@@ -35,15 +35,16 @@ def study_sections(facts: Facts) -> tuple[Section, ...]:
 
 def _parts(study: StudyFacts, idx: int) -> Iterator[Part]:
     results = study.results
-    yield _claims(results)
-    pictures = study_pictures(results)
-    for name, tables in study_tables(results).items():
+    yield _claims(results, about_costs(results.study, study.shows))
+    shows = study.shows or ()
+    pictures = study_pictures(results, shows)
+    for name, tables in study_tables(results, shows).items():
         yield _part(results, name, tables, pictures.get(name, ()), idx)
 
 
-def _claims(results: Results) -> Part:
+def _claims(results: Results, costs: bool) -> Part:
     """Return the claims that are judged by the rows, and what each verdict follows from."""
-    judged = [judgement for judgement in judge(results) if judgement.findings]
+    judged = [judgement for judgement in judge(results, costs=costs) if judgement.findings]
     verdicts = [(CLAIMS[one.claim], str(one).removeprefix(CLAIMS[one.claim]).strip()) for one in judged]
     evidence = [
         (finding.claim, finding.setting, finding.held_out or MISSING, finding.verdict, finding.numbers)

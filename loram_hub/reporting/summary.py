@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from loram_hub.cards.escaping import visible
 from loram_hub.cards.history import history_of
 from loram_hub.manifest import Pruning
 from loram_hub.reporting.contents import KeyFigure, Part, Section, Table
-from loram_hub.reporting.facts import AdapterFacts, Facts, ReleaseFacts, RunFacts, StudyFacts
+from loram_hub.reporting.facts import (
+    AdapterFacts,
+    EvaluationFacts,
+    Facts,
+    ReleaseFacts,
+    RunFacts,
+    StudyFacts,
+    finite_points,
+)
 from loram_hub.reporting.wording import at_commit, count_text, joined, nbytes_text, number
 
 _MOST_KEY_FIGURES = 6
+_MOST_FILES = 4
+"""Of a model in shards, whose hashes are shown."""
 
 
 def title_of(facts: Facts) -> str:
@@ -44,8 +54,13 @@ def _release_sentence(facts: ReleaseFacts) -> str:
     return (
         f"{visible(facts.name)} is a LoRAM release of {at_commit(manifest.base.id, manifest.base.commit)}: "
         f"{_how_pruned(facts)} left {counts.pruned_parameters:,} of {counts.original_parameters:,} parameters, "
-        f"{counts.reduction:.2f} times fewer; it is {joined(done)}."
+        f"{counts.reduction:.2f} times fewer{_zeros(facts)}; it is {joined(done)}."
     )
+
+
+def _zeros(facts: ReleaseFacts) -> str:
+    """Say of a sparse release what its zeros do not do."""
+    return " (zeros, which save no memory in training)" if facts.release.is_sparse else ""
 
 
 def _how_pruned(facts: ReleaseFacts) -> str:
@@ -56,8 +71,10 @@ def _how_pruned(facts: ReleaseFacts) -> str:
 
 
 def _run_sentence(facts: RunFacts) -> str:
-    points = facts.curves.training
+    points = finite_points(facts.curves.training)
     losses = "" if len(points) < 2 else f"; its training loss went from {points[0][1]:.4f} to {points[-1][1]:.4f}"
+    if lost := len(facts.curves.training) - len(points):
+        losses += f"; {lost:,} of its {len(facts.curves.training):,} training losses are not finite"
     reached = "no checkpoint yet" if facts.step is None else f"step {facts.step:,}"
     state = f"gave the adapter of {reached}" if facts.is_finished else f"has not finished ({reached})"
     trained_on = "" if facts.release is None else f" on {facts.release}"
@@ -87,11 +104,29 @@ def _loss_sentences(facts: Facts) -> Iterator[str]:
         if base is None or recovered is None:
             continue
         difference = recovered.loss - base.loss
+        tokens = f"{measured.evaluation.tokens:,} held-out tokens"
+        where = f"By {visible(measured.name)}, on {tokens}, {_adapter_of(measured)}"
+        if difference == 0:
+            yield f"{where} leaves the loss of the base where it is, at {base.loss:.4f} nats per token."
+            continue
         verb = "lowers" if difference < 0 else "raises"
         yield (
-            f"On {measured.evaluation.tokens:,} held-out tokens the recovered adapter {verb} the loss of the base from "
-            f"{base.loss:.4f} to {recovered.loss:.4f}, by {abs(difference):.4f} nats per token."
+            f"{where} {verb} the loss of the base from {base.loss:.4f} to {recovered.loss:.4f}, by "
+            f"{abs(difference):.4f} nats per token."
         )
+
+
+def _adapter_of(facts: EvaluationFacts) -> str:
+    """Name the adapter that an evaluation measured: one of the report's, another one, or one that it does not name."""
+    part = next((part for part in facts.parts if part.part == "recovered"), None)
+    if part is not None and part.here is not None:
+        return visible(part.here)
+    if part is None:
+        none_of_ours = ", and that is none of this report's," if facts.misfit is not None else ""
+        return f"an adapter that it does not name{none_of_ours}"
+    named = at_commit(part.id, part.commit)
+    is_other = part.is_other or facts.misfit is not None
+    return f"another adapter than this report's, {named}," if is_other else f"the adapter {named}"
 
 
 def key_figures(facts: Facts) -> tuple[KeyFigure, ...]:
@@ -107,20 +142,25 @@ def _release_figures(facts: Facts) -> Iterator[KeyFigure]:
             value=_short(counts.pruned_parameters),
             note=f"of {_short(counts.original_parameters)} in the base",
         )
-        yield KeyFigure(label="reduction", value=f"{counts.reduction:.2f} ×", note="in parameters")
+        note = "in parameters; zeros save no memory" if release.release.is_sparse else "in parameters"
+        yield KeyFigure(label="reduction", value=f"{counts.reduction:.2f} ×", note=note)
         stored = sum(entry.size for entry in release.release.manifest.files.values())
         kind = "NF4" if release.release.is_quantized else visible(release.release.config.get("dtype", "not quantized"))
         yield KeyFigure(label="files of the release", value=nbytes_text(stored), note=kind)
 
 
 def _loss_figures(facts: Facts) -> Iterator[KeyFigure]:
-    for measured in facts.evaluations[:1]:
+    """Return the loss of the first evaluation; of one that is of these very files before others."""
+    ranked = sorted(facts.evaluations, key=lambda one: not any(part.here for part in one.parts))
+    for measured in ranked[:1]:
         base, recovered = (measured.evaluation.row(name) for name in ("base", "base + recovered adapter"))
+        source = visible(measured.name)
         if recovered is not None:
-            note = "base + recovered adapter" if base is None else f"base alone: {base.loss:.4f}"
+            alone = "" if base is None else f"; base alone: {base.loss:.4f}"
+            note = f"base with {_adapter_of(measured).rstrip(',')}{alone}; {source}"
             yield KeyFigure(label="held-out loss", value=f"{recovered.loss:.4f}", note=note)
         elif base is not None:
-            yield KeyFigure(label="held-out loss", value=f"{base.loss:.4f}", note="base")
+            yield KeyFigure(label="held-out loss", value=f"{base.loss:.4f}", note=f"base; {source}")
 
 
 def _adapter_figures(facts: Facts) -> Iterator[KeyFigure]:
@@ -151,13 +191,15 @@ def provenance_section(facts: Facts) -> Section:
         *(Part(title=visible(one.name), tables=tuple(_release_tables(one))) for one in facts.releases),
         *(Part(title=visible(one.name), tables=tuple(_run_tables(one))) for one in facts.runs),
         *(Part(title=visible(one.name), tables=(_adapter_table(one),)) for one in facts.adapters),
+        *(Part(title=visible(one.name), tables=(_evaluation_table(one),)) for one in facts.evaluations),
+        *(Part(title=visible(one.name), tables=(_study_table(one),)) for one in facts.studies),
         *([Part(title="Stages of the publication", tables=(_stage_table(facts),))] if facts.stages else []),
     ]
     return Section(
         id="provenance",
         title="Names, digests, versions, seeds",
         parts=tuple(parts),
-        hint="Names, digests and versions are those of a release, a fine-tuning run or an adapter: give one.",
+        hint="Names, digests and versions are those of what is reported on: a release, a run, an adapter, a study.",
         command="loram report RELEASE RUN ADAPTER -o report.html",
     )
 
@@ -228,9 +270,46 @@ def _adapter_table(facts: AdapterFacts) -> Table:
         ("modules", f"{facts.modules:,}"),
         ("numbers", f"{facts.parameters:,}"),
         ("weights", nbytes_text(facts.nbytes)),
-        ("SHA-256 of the weights", facts.sha256),
+        *((f"SHA-256 of {file}", digest) for file, digest in facts.files.items()),
     ]
     return Table(caption="The adapter", header=(), rows=tuple(rows))
+
+
+def _evaluation_table(facts: EvaluationFacts) -> Table:
+    evaluation = facts.evaluation
+    rows = [("evaluation", visible(facts.name))]
+    for part in facts.parts:
+        told = "the one of this report" if part.here is not None else "none of this report" if part.is_other else None
+        rows.append((part.part, at_commit(part.id, part.commit) + (f", {told}" if told else "")))
+        rows += [(f"SHA-256 of its {file}", digest) for file, digest in [*part.files.items()][:_MOST_FILES]]
+        if len(part.files) > _MOST_FILES:
+            rows.append(("further files", f"{len(part.files) - _MOST_FILES:,}"))
+    if not facts.parts:
+        rows.append(("models and adapters", "it does not say which"))
+    if evaluation.rows:
+        rows.append(("held-out data", evaluation.dataset or "not on the Hub, or not said"))
+        rows.append(("sequences, tokens", f"{evaluation.examples:,}, {evaluation.tokens:,}"))
+    rows += facts.settings
+    return Table(caption="The evaluation", header=(), rows=tuple(rows))
+
+
+def _study_table(facts: StudyFacts) -> Table:
+    results, conditions = facts.results, facts.conditions
+    rows = [
+        ("study", visible(facts.name)),
+        ("measurements", f"{len(results.rows):,} of {count_text(len(results.settings()), 'setting')}"),
+        ("seeds", ", ".join(map(str, results.seeds))),
+    ]
+    if conditions is None:
+        rows.append(("machines and versions", "its folder does not tell them"))
+        return Table(caption="The study", header=(), rows=tuple(rows))
+    rows += [
+        *([("command", visible(conditions.command))] if facts.has_command else []),
+        *(("machine", _pairs(machine)) for machine in conditions.machines),
+        *(("measured with", _pairs(versions)) for versions in conditions.versions),
+        ("time of all cells", f"{number(conditions.seconds, 1)} s"),
+    ]
+    return Table(caption="The study", header=(), rows=tuple(rows))
 
 
 def _stage_table(facts: Facts) -> Table:
@@ -242,7 +321,7 @@ def _stage_table(facts: Facts) -> Table:
 
 
 def _pairs(values: object) -> str:
-    if not isinstance(values, dict):
+    if not isinstance(values, Mapping):
         return ""
     simple = {key: value for key, value in values.items() if isinstance(value, str | int | float)}
     return ", ".join(visible(f"{key} {value}") for key, value in [*simple.items()][:20])

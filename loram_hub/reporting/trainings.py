@@ -1,31 +1,43 @@
 """Losses over the steps of trainings: from a run's record or checkpoints, from a release, or the log of an alignment.
 
-All of these are files of a run folder, which may be a stranger's: a value that is no number is left out.
+All of these are files of a run folder, which may be a stranger's: a value that is no number is left out. A loss that
+was not finite stays, as NaN, so that a run that diverged does not look like one that went well.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from loram_hub.alignment.curves import RunLog
 from loram_hub.alignment.runs import LOG_FILE
 from loram_hub.cards.escaping import visible
 from loram_hub.cards.history import history_of
+from loram_hub.cards.numbers import finite
 from loram_hub.cards.pictures import Curve, alignment_curve, held_out_curves
 from loram_hub.errors import InvalidRequestError, VerificationError
 from loram_hub.estimation import TrainingShape
 from loram_hub.files import MAX_JSON_BYTES, read_json
-from loram_hub.finetuning.runs import RECORD_FILE, RUN_FILE
+from loram_hub.finetuning.recipe import FinetuneRecipe, MemorySection
+from loram_hub.finetuning.runs import RECORD_FILE, RUN_FILE, STARTS_FILE
+from loram_hub.finetuning.shapes import training_shape
 from loram_hub.manifest import Manifest
+from loram_hub.recipes import section_from
 from loram_hub.reporting.facts import AlignmentFacts, LossCurves, RunFacts
 
 _MOST_SETS = 8
 _MOST_VERSIONS = 20
+_BROKEN = float("nan")
 _PREFIX, _SUFFIX = "eval_", "_loss"
 _STATE = "trainer_state.json"
+_SIZING: Mapping[str, tuple[str, ...]] = {
+    "lora": ("r", "dropout", "targets"),
+    "training": ("max_tokens",),
+    "memory": tuple(key.name for key in fields(MemorySection)),
+}
+"""Keys of a recipe that, with the preset, decide over memory."""
 
 
 def run_facts(folder: Path, *, name: str) -> RunFacts:
@@ -38,23 +50,26 @@ def run_facts(folder: Path, *, name: str) -> RunFacts:
     if (folder / RECORD_FILE).is_file():
         record = read_json(folder / RECORD_FILE)
         history, step, is_finished = record.get("history"), _whole(record.get("steps")), True
+        starts = record.get("starts")
     else:
         record = read_json(folder / RUN_FILE)
         history, step = _checkpoint_history(folder / "checkpoints")
         is_finished = False
+        starts = read_json(folder / STARTS_FILE).get("starts") if (folder / STARTS_FILE).is_file() else None
     recipe, release = _mapping(record.get("recipe")), _mapping(record.get("release"))
     named = release.get("id", recipe.get("release"))
     versions = [(key, value) for key, value in _mapping(record.get("versions")).items() if isinstance(value, str)]
     return RunFacts(
         name=name,
         release=None if named is None else visible(_without_folders(named)),
+        commit=_text(release.get("commit")),
         plan_sha256=_text(release.get("plan_sha256")),
         is_finished=is_finished,
         step=step,
         curves=_curves(history if isinstance(history, list) else []),
         settings=tuple(_settings(record, recipe)),
         versions=dict(versions[:_MOST_VERSIONS]),
-        shape=_shape(record, recipe),
+        shape=_shape(record, recipe, starts),
         peak_device_bytes=_whole(record.get("peak_device_bytes")),
     )
 
@@ -75,7 +90,7 @@ def logged_facts(folder: Path, *, name: str) -> AlignmentFacts | None:
         VerificationError: a line of the log is no record.
     """
     records = RunLog(folder / LOG_FILE).read()
-    training = _points((record.get("step"), record.get("loss")) for record in records)
+    training = _points(_losses(records, "loss"))
     held_out: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         for corpus, loss in _mapping(record.get("held_out")).items():
@@ -115,19 +130,24 @@ def _curves(history: Sequence[object]) -> LossCurves:
     names = [name for record in records for name in record if name.startswith(_PREFIX) and name.endswith(_SUFFIX)]
     held_out: dict[str, Curve] = {}
     for name in [*dict.fromkeys(names)][:_MOST_SETS]:
-        if points := _points((record.get("step"), record.get(name)) for record in records):
+        if points := _points(_losses(records, name)):
             held_out[name.removeprefix(_PREFIX).removesuffix(_SUFFIX) or "held out"] = points
-    return LossCurves(
-        training=_points((record.get("step"), record.get("loss")) for record in records), held_out=held_out
-    )
+    return LossCurves(training=_points(_losses(records, "loss")), held_out=held_out)
+
+
+def _losses(records: Iterable[Mapping[str, object]], name: str) -> Iterator[tuple[object, object]]:
+    return ((record.get("step"), record[name]) for record in records if name in record)
 
 
 def _points(pairs: Iterable[tuple[object, object]]) -> Curve:
-    return tuple(
-        (float(step), loss)
-        for number, value in pairs
-        if (step := _whole(number)) is not None and (loss := _finite(value)) is not None
-    )
+    """Return what can be drawn: logs have null for a number that is not finite, and NaN stands for it here."""
+    found = []
+    for number, value in pairs:
+        step, loss = _whole(number), finite(value)
+        is_broken = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and loss is None)
+        if step is not None and (loss is not None or is_broken):
+            found.append((float(step), _BROKEN if loss is None else loss))
+    return tuple(found)
 
 
 def _settings(record: Mapping[str, object], recipe: Mapping[str, object]) -> Iterator[tuple[str, str]]:
@@ -174,16 +194,25 @@ def _words(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _shape(record: Mapping[str, object], recipe: Mapping[str, object]) -> TrainingShape | None:
-    """Return how a run trained, for the estimate; what its record does not say are the defaults."""
-    training, lora = _mapping(recipe.get("training")), _mapping(recipe.get("lora"))
-    schedule = _mapping(record.get("schedule"))
-    length, batch, rank = training.get("max_tokens"), schedule.get("micro_batch"), lora.get("r")
-    if not (isinstance(length, int) and isinstance(batch, int) and isinstance(rank, int)):
+def _shape(record: Mapping[str, object], recipe: Mapping[str, object], starts: object) -> TrainingShape | None:
+    """Return how a run trained, as `finetune` itself estimates it; None if the record does not give all of that."""
+    begun = [_mapping(start) for start in starts] if isinstance(starts, list) else []
+    last = begun[-1] if begun else {}
+    micro_batch = last.get("micro_batch", _mapping(record.get("schedule")).get("micro_batch"))
+    processes = last.get("processes", 1)
+    if not (isinstance(micro_batch, int) and isinstance(processes, int)):
         return None
+    if "r" not in _mapping(recipe.get("lora")) or "max_tokens" not in _mapping(recipe.get("training")):
+        return None
+    values: dict[str, object] = {
+        section: {key: value for key in keys if (value := _mapping(recipe.get(section)).get(key)) is not None}
+        for section, keys in _SIZING.items()
+    }
+    values |= {"preset": recipe["preset"]} if "preset" in recipe else {}
     try:
-        return TrainingShape(
-            sequence_length=length, micro_batch=batch, rank=rank, masked_lora=record.get("masked") is True
+        read = section_from(FinetuneRecipe, values | {"release": "-", "data": {"train": [{"source": "-"}]}})
+        return training_shape(
+            read, micro_batch=micro_batch, processes=processes, is_masked=record.get("masked") is True
         )
     except InvalidRequestError:
         return None
@@ -199,9 +228,3 @@ def _text(value: object) -> str | None:
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**15 else None
-
-
-def _finite(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) and abs(value) < 1e12 else None

@@ -6,18 +6,30 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from loram_hub.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from loram_hub.cards.escaping import visible
 from loram_hub.cards.evaluations import MODELS, Evaluation
 from loram_hub.cards.task_scores import Score, TaskScores
+from loram_hub.manifest import MANIFEST
 from loram_hub.reporting.contents import Figure, Part, Section, Table
 from loram_hub.reporting.drawings import channel_norms_picture, head_norms_picture, loss_picture, recovery_picture
-from loram_hub.reporting.facts import AdapterFacts, EvaluationFacts, Facts, Numbers, RunFacts
-from loram_hub.reporting.release_sections import curve_sentence, curve_table
-from loram_hub.reporting.wording import MISSING, joined, number, signed, without_folders
+from loram_hub.reporting.facts import (
+    AdapterFacts,
+    EvaluationFacts,
+    Facts,
+    LossCurves,
+    MeasuredPart,
+    Numbers,
+    RunFacts,
+)
+from loram_hub.reporting.release_sections import broken_caption, broken_text, curve_sentence, curve_table
+from loram_hub.reporting.wording import MISSING, at_commit, joined, number, signed, without_folders
 from loram_hub.updates import CHANNEL_PARTS, HEAD_PARTS, UpdateNorms
 
 _MOST_ADAPTERS = 4
 """Adapters that are laid side by side."""
+_PARTS = {"base": "base", "release": "release", "adapter": "adapter as trained", "recovered": "recovered adapter"}
+_WEIGHTS = (ADAPTER_WEIGHTS, MANIFEST)
 _MOST_TASKS = 200
 """Scores in a table."""
 
@@ -37,7 +49,7 @@ def recovery_section(facts: Facts) -> Section:
 def _recovery_part(facts: EvaluationFacts, sizes: Collection[int], idx: int) -> Part:
     evaluation = facts.evaluation
     losses = {row.model: row.loss for row in evaluation.rows}
-    paragraphs = [*_what_was_measured(evaluation), *_other_models(evaluation, sizes)]
+    paragraphs = [*_what_was_measured(evaluation), *_whose(facts), *_other_models(evaluation, sizes)]
     tables = [*([_loss_table(evaluation)] if losses else []), *_task_tables(evaluation.tasks)]
     if not losses:
         return Part(title=visible(facts.name), paragraphs=tuple(paragraphs), tables=tuple(tables))
@@ -45,7 +57,7 @@ def _recovery_part(facts: EvaluationFacts, sizes: Collection[int], idx: int) -> 
     figure = Figure(
         name="recovery" if idx == 1 else f"recovery-{idx}",
         alt=f"Held-out losses in nats per token: {said}. {_verdict(losses)}".strip(),
-        caption="Held-out loss of each model; the dotted line is the base.",
+        caption=f"Held-out loss of each model{'; the dotted line is the base' if 'base' in losses else ''}.",
         table=tables[0],
         draw=lambda: recovery_picture(losses),
     )
@@ -60,6 +72,28 @@ def _what_was_measured(evaluation: Evaluation) -> Iterator[str]:
         yield f"Losses were measured on {tokens}, the same for every model."
     if evaluation.tasks is not None:
         yield f"Tasks were measured with lm-evaluation-harness {visible(evaluation.tasks.harness)}."
+
+
+def _whose(facts: EvaluationFacts) -> Iterator[str]:
+    """Say whether the files that were measured are those of the report."""
+    if facts.misfit is not None:
+        yield facts.misfit
+    if not facts.parts:
+        yield "The evaluation does not say which files it measured."
+        return
+    same = [f"{_PARTS[part.part]} {visible(part.here)}" for part in facts.parts if part.here is not None]
+    others = [part_text(part) for part in facts.parts if part.is_other]
+    if same:
+        yield f"Measured on the very files of this report: {joined(same)}."
+    if others:
+        yield f"Measured on other files than those of this report: {joined(others)}."
+
+
+def part_text(part: MeasuredPart) -> str:
+    """Name what was measured: what it is, its id, and the beginning of a hash that tells it from others."""
+    name = next((name for name in _WEIGHTS if name in part.files), min(part.files, default=None))
+    digest = "" if name is None else f" ({visible(name)} {part.files[name][:12]})"
+    return f"{_PARTS[part.part]} {at_commit(part.id, part.commit)}{digest}"
 
 
 def _other_models(evaluation: Evaluation, sizes: Collection[int]) -> Iterator[str]:
@@ -133,7 +167,7 @@ def _training_part(run: RunFacts, idx: int) -> Part:
     figure = Figure(
         name="training" if idx == 1 else f"training-{idx}",
         alt=curve_sentence(run.curves, "Fine-tuning"),
-        caption="Loss over the steps of the fine-tuning, in training and on the evaluation sets.",
+        caption=f"Loss over the steps of the fine-tuning{_curves_text(run.curves)}.{broken_caption(run.curves)}",
         table=curve_table(run.curves, "Losses of the fine-tuning"),
         draw=lambda: loss_picture(run.curves),
     )
@@ -142,15 +176,24 @@ def _training_part(run: RunFacts, idx: int) -> Part:
         if not run.curves.held_out
         else ("Evaluation sets were measured on the pruned model with the adapter, as it was trained.",)
     )
-    return Part(title=visible(run.name), paragraphs=sets, figures=(figure,))
+    broken = broken_text(run.curves)
+    return Part(title=visible(run.name), paragraphs=(*([broken] if broken else []), *sets), figures=(figure,))
+
+
+def _curves_text(curves: LossCurves) -> str:
+    drawn = [*(["in training"] if curves.training else []), *(["on the evaluation sets"] if curves.held_out else [])]
+    return f", {joined(drawn)}"
 
 
 def norms_section(facts: Facts) -> Section:
     """Return how large the updates of adapters are, side by side."""
-    measured = [adapter for adapter in facts.adapters if adapter.norms is not None][:_MOST_ADAPTERS]
+    measured, left_out = _side_by_side([adapter for adapter in facts.adapters if adapter.norms is not None])
     failed = [adapter for adapter in facts.adapters if adapter.norms is None]
     reasons = [(visible(adapter.name), visible(without_folders(adapter.why_no_norms or ""))) for adapter in failed]
     notes = tuple(f"The norms of {name} could not be computed: {why_not}" for name, why_not in reasons)
+    if left_out:
+        names = joined([visible(adapter.name) for adapter in left_out])
+        notes += (f"Not shown, since {_MOST_ADAPTERS} adapters lie side by side at most: {names}.",)
     parts = [_norms_part(measured, notes)] if measured else [Part(paragraphs=notes)] if notes else []
     return Section(
         id="norms",
@@ -159,6 +202,17 @@ def norms_section(facts: Facts) -> Section:
         hint="Norms are those of an adapter's update: give an adapter or a run, and a plain one to compare with.",
         command="loram report RECOVERED --compare PLAIN_LORA -o report.html",
     )
+
+
+def _side_by_side(adapters: Sequence[AdapterFacts]) -> tuple[list[AdapterFacts], list[AdapterFacts]]:
+    """Return the adapters that are shown and those that are left out; what others are compared with has its place."""
+    compared = sum(adapter.is_compared for adapter in adapters)
+    shown: list[AdapterFacts] = []
+    for adapter in adapters:
+        others = sum(not other.is_compared for other in shown)
+        if adapter.is_compared or others < _MOST_ADAPTERS - min(compared, 1):
+            shown.append(adapter)
+    return shown, [adapter for adapter in adapters if not any(adapter is other for other in shown)]
 
 
 def _norms_part(adapters: Sequence[AdapterFacts], notes: tuple[str, ...]) -> Part:

@@ -14,7 +14,10 @@ _T = TypeVar("_T")
 MISSING = "–"
 """Cell of a table for which there is no number."""
 _MOST_ROWS = 60
-_FOLDERS = re.compile(r"(?<![\w:/])/(?:[^\s/'\"]+/)+")  # of absolute paths, not of addresses
+# Of absolute paths, of those that begin with ~ or dots, and of Windows'; not of addresses and Hub ids.
+_FOLDERS = re.compile(
+    r"(?<![\w:/.~-])(?:~|\.{1,2})?/(?:[^/'\":;,]+/|\.{1,2}/)+|(?<!\w)[A-Za-z]:\\+(?:[^\\'\":;,]+\\+)+|(?<!\w)~/|(?<![\w.])\.{1,2}/"
+)
 
 
 def number(value: float | None, digits: int = 4) -> str:
