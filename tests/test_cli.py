@@ -79,7 +79,8 @@ EXPECTED_OPTIONS = {
     "demo": {"model", "work-dir", "pruning-ratio", "steps", "device", "json"},
     "study": {"work-dir", "o", "out", "profile", "seed", "only", "keep-releases", "token", "dry-run", "json"},
     "report": {
-        "o", "out", "compare", "importance", "evaluation", "pictures", "title", "overwrite", "dry-run", "token", "json",
+        "o", "out", "base", "compare", "importance", "evaluation", "pictures", "title", "overwrite", "dry-run", "token",
+        "json",
     },
 }  # fmt: skip
 LLAMA_70B = {

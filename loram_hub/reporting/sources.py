@@ -65,7 +65,7 @@ def find(name: str | os.PathLike[str], *, token: str | bool | None = None) -> Fo
         if kind is not None:
             return Found(kind=kind, path=path, id=Path(os.path.abspath(path)).name)
         if (path / RUN_FILE).is_file():
-            raise CheckpointError(f"{path} is a fine-tuning run that has not come to a checkpoint yet. Try again later.")
+            raise CheckpointError(f"{path} is a fine-tuning run that has come to no checkpoint yet. Try again later.")
         raise CheckpointError(f"{path} holds nothing that a report can be made of. Give {_ACCEPTED}.")
     wanted = tuple(dict.fromkeys((*METADATA_FILES, *ADAPTER_FILES)))
     source = resolve(name, token=token, files=wanted)
