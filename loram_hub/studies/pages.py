@@ -222,8 +222,9 @@ def _time(seconds: float) -> str:
 
 def _file_lines() -> tuple[str, ...]:
     return (
-        f"- `{RESULTS}`: every measured loss, one for each cell, model and held-out set",
-        f"- `{CONDITIONS}`: the study as it was run, command, machine and versions",
-        f"- `{TABLES_MD}`, `{TABLES_TEX}`: the tables alone, for reading and for papers (booktabs)",
+        f"- [`{RESULTS}`]({RESULTS}): every measured loss, one for each cell, model and held-out set",
+        f"- [`{CONDITIONS}`]({CONDITIONS}): the study as it was run, command, machine and versions",
+        f"- [`{TABLES_MD}`]({TABLES_MD}), [`{TABLES_TEX}`]({TABLES_TEX}): the tables alone, for reading and for papers "
+        "(booktabs)",
         "",
     )
