@@ -24,6 +24,19 @@ from typing import Any
 
 MB = 10**6
 GB = 10**9
+
+LLAMA_2_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 32000,
+}
+"""Sizes of LLaMA-2-70B, by the keys of its config."""
+QUICK_70B = LLAMA_2_70B | {"hidden_size": 96, "intermediate_size": 320, "num_hidden_layers": 8, "head_dim": 16}
+"""As many heads, and little else."""
 _PACKAGES = ("loram-hub", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy")
 _ROOT = Path(__file__).resolve().parents[1]
 

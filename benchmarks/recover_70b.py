@@ -33,18 +33,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from measuring import make_warm, measured, report, scratch_folder, serve_actions, stopwatch
+from measuring import LLAMA_2_70B, QUICK_70B, make_warm, measured, report, scratch_folder, serve_actions, stopwatch
 
-SIZES = {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 32000,
-}
-QUICK_SIZES = SIZES | {"hidden_size": 96, "intermediate_size": 320, "num_hidden_layers": 8, "head_dim": 16}
 RANK, ALPHA, RATIO = 8, 16, 0.85
 ROUNDS, QUICK_ROUNDS = 9, 1
 LIMIT = 2.0
@@ -57,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help=f"how often each is timed; default {ROUNDS}")
     parser.add_argument("--work-dir", help="where to put the temporary files; default: the system's own")
     options = parser.parse_args()
-    sizes, rounds = (QUICK_SIZES, QUICK_ROUNDS) if options.quick else (SIZES, ROUNDS)
+    sizes, rounds = (QUICK_70B, QUICK_ROUNDS) if options.quick else (LLAMA_2_70B, ROUNDS)
 
     with scratch_folder("recover", options.work_dir) as work:
         made = measured(__file__, "make_inputs", folder=str(work), sizes=sizes)

@@ -23,23 +23,13 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from measuring import MB, measured, scratch_folder, serve_actions, stopwatch
+from measuring import LLAMA_2_70B, MB, QUICK_70B, measured, scratch_folder, serve_actions, stopwatch
 from measuring import report as print_line
 
 if TYPE_CHECKING:
     from loram_hub.manifest import Manifest
     from loram_hub.plan import Plan
 
-SIZES = {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 32000,
-}
-QUICK_SIZES = SIZES | {"hidden_size": 96, "intermediate_size": 320, "num_hidden_layers": 8, "head_dim": 16}
 RATIO, ALIGNMENT_STEPS, STEPS, QUICK_STEPS = 0.85, 400, 2000, 60
 ROUNDS, QUICK_ROUNDS = 3, 1
 SECONDS_LIMIT, SIZE_LIMIT = 10, 5 * MB
@@ -52,7 +42,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help=f"how often it is timed; default {ROUNDS}")
     parser.add_argument("--work-dir", help="where to put the temporary files; default: the system's own")
     options = parser.parse_args()
-    sizes, rounds = (QUICK_SIZES, QUICK_ROUNDS) if options.quick else (SIZES, options.rounds or ROUNDS)
+    sizes, rounds = (QUICK_70B, QUICK_ROUNDS) if options.quick else (LLAMA_2_70B, options.rounds or ROUNDS)
 
     with scratch_folder("report", options.work_dir) as work:
         steps = QUICK_STEPS if options.quick else STEPS
